@@ -1,0 +1,1 @@
+"""Text in, packed tokens out: sources, tokenizers and the parallel preparation."""

@@ -1,0 +1,364 @@
+"""Text to packed tokens, in parallel, in bounded memory, restartable at any point.
+
+    source --> batches of documents --> worker processes --> shards in source order --> .bin/.idx per split
+
+The main process reads and writes, the workers encode. Everything a worker returns is put back into source
+order, so the output does not depend on the number of workers. A shard counts once its record is written; a
+restart drops whatever lacks one and continues behind the last.
+"""
+
+import contextlib
+import fcntl
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from data_prep.batches import group, read_parts
+from data_prep.pool import available_cores, encode_batches
+from data_prep.progress import Progress
+from data_prep.shards import SPLITS, TRAIN, VALIDATION, Shard, ShardRecord, complete_shards, merge
+from data_prep.sources import HubOptions, Source, Unit, resolve
+from data_prep.tokenizer import (
+    TokenizerFile,
+    load_tokenizer,
+    splits_at_words,
+    train_tokenizer,
+    training_size,
+)
+from sinkpretrain.errors import UserError
+from sinkpretrain.tokens import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    Manifest,
+    write_atomically,
+)
+
+TRAINING_CHARACTERS = 50_000_000  # sample that a tokenizer is trained on
+_LOCK = "lock"
+_RECORD = "prepare.json"
+
+
+@dataclass
+class PrepareConfig:
+    """Turn text into packed tokens.
+
+    Args:
+        source: files, folders or globs (.jsonl, .json, .parquet, .txt, .md, .rst, .py, also .gz .xz .zst), or
+            Hub data sets, read in the order given; ``hub:NAME`` is a data set even if a folder has that name.
+        out: folder for train.bin/.idx, validation.bin/.idx, tokenizer.json and manifest.json.
+        tokenizer: a tokenizer.json, a folder that holds one, or the name of a model on the Hub.
+        train_tokenizer: train a byte-level BPE tokenizer on the source instead; ``bpe:4096`` has 4,096 ids.
+        column: field of the JSON objects, or column of the table, that holds the text.
+        split: split of a Hub data set.
+        subset: configuration name of a Hub data set.
+        revision: commit, tag or branch of a Hub data set; the newest commit if not given.
+        streaming: read a Hub data set while it downloads instead of downloading it first.
+        eod_token: token put after every document; if not given, ``<|endoftext|>`` or the tokenizer's eos.
+        validation_source: text for validation, in any form that ``source`` takes (of a Hub data set its
+            validation split); ``validation_fraction`` is then not used.
+        validation_fraction: share of the documents set aside for validation, chosen by a hash of the content
+            so that copies of one land on the same side. Where that chooses none, the smallest document that
+            holds this share of the tokens is taken.
+        seed: of that choice.
+        workers: processes that encode; 0 means one per available core.
+        shard_tokens: tokens after which the work done so far is made safe against an interruption.
+        limit_documents: stop after this many documents of ``source``; 0 means all.
+        overwrite: replace a folder that was prepared with other settings.
+    """
+
+    source: list[str]
+    out: Path
+    tokenizer: str | None = None
+    train_tokenizer: str | None = None
+    column: str = "text"
+    split: str = "train"
+    subset: str | None = None
+    revision: str | None = None
+    streaming: bool = False
+    eod_token: str | None = None
+    validation_source: list[str] = field(default_factory=list)
+    validation_fraction: float = 0.005
+    seed: int = 0
+    workers: int = 0
+    shard_tokens: int = 1 << 24
+    limit_documents: int = 0
+    overwrite: bool = False
+
+
+def prepare(config: PrepareConfig) -> Manifest:
+    """Write the packed tokens that `config` describes; the same call continues an interrupted one.
+
+    A folder that is already finished with the same settings is left as it is.
+
+    Raises:
+        UserError: bad settings, unreadable text, a full disk, or a folder prepared with other settings.
+    """
+    _check(config)
+    out, shards = config.out, config.out / ".shards"
+    hub = HubOptions(config.split, config.subset, config.revision, config.streaming)
+    sources = [(TRAIN, resolve(name, config.column, hub)) for name in config.source]
+    validation_hub = replace(hub, split=VALIDATION)
+    sources += [
+        (VALIDATION, resolve(name, config.column, validation_hub)) for name in config.validation_source
+    ]
+    given = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    eod_id = given.eod_id(config.eod_token) if given else None
+    settings = _settings(config, sources, given, eod_id)
+
+    if (out / MANIFEST_NAME).is_file():
+        manifest = Manifest.load(out)
+        difference = _difference(manifest.settings, settings)
+        if not config.overwrite:
+            if difference:
+                raise _other_settings(out, difference)
+            if shards.exists():  # the run that finished was killed while tidying up
+                with _locked(shards):
+                    shutil.rmtree(shards)
+            print(f"{out} is already prepared with these settings.", file=sys.stderr)
+            return manifest
+    elif (out / "train.bin").exists() and not shards.exists() and not config.overwrite:
+        raise UserError(
+            f"{out} holds a train.bin of unknown origin: choose another --out or give --overwrite."
+        )
+
+    shards.mkdir(parents=True, exist_ok=True)
+    with _locked(shards):
+        try:
+            _open_record(shards, settings, config.overwrite)
+            tokenizer = given or _trained_tokenizer(config, sources, shards)
+            manifest = _write(config, sources, tokenizer, shards, settings)
+            shutil.rmtree(shards)
+        except UserError:
+            _remove_if_useless(shards)
+            raise
+        except KeyboardInterrupt:
+            print("interrupted; the same command continues where this one stopped", file=sys.stderr)
+            raise
+    return manifest
+
+
+def _write(
+    config: PrepareConfig,
+    sources: list[tuple[str, Source]],
+    tokenizer: TokenizerFile,
+    shards: Path,
+    settings: dict[str, Any],
+) -> Manifest:
+    """Encode what is missing, merge, and put the result in place."""
+    eod_id = tokenizer.eod_id(config.eod_token)
+    with Progress(sum(unit.n_bytes for _, source in sources for unit in source.units)) as progress:
+        _encode(config, sources, tokenizer, eod_id, shards, progress)
+    fallback = 0.0 if config.validation_source else config.validation_fraction
+    merged, splits = merge(shards, tokenizer.size(), eod_id, fallback)
+    manifest = Manifest(
+        tokenizer_sha256=tokenizer.sha256,
+        tokenizer_size=tokenizer.size(),
+        eod_id=eod_id,
+        source=[{"role": role, **source.description} for role, source in sources],
+        splits=splits,
+        settings=settings,
+        tokens_per_second=progress.tokens_per_second,
+    )
+    _publish(manifest, merged, config.out, tokenizer)
+    return manifest
+
+
+def describe(manifest: Manifest) -> str:
+    """Summary of a prepared folder, some lines of text."""
+    lines = []
+    for name, record in manifest.splits.items():
+        skipped = f", {record.skipped_documents:,} empty or one-token documents skipped" * bool(
+            record.skipped_documents
+        )
+        lines.append(
+            f"{name:<11}{record.tokens:>16,} tokens in {record.documents:,} documents{skipped}   "
+            f"{name}.bin, {name}.idx"
+        )
+    size, eod = manifest.tokenizer_size, manifest.eod_id
+    lines.append(f"tokenizer  {size:>16,} ids, end of document is {eod}   {TOKENIZER_NAME}")
+    if manifest.tokens_per_second:
+        lines.append(f"speed      {manifest.tokens_per_second:>16,.0f} tokens/s")
+    return "\n".join(lines)
+
+
+# Settings: what decides the output, and whether an earlier run had the same
+
+
+def _check(config: PrepareConfig) -> None:
+    if not config.source:
+        raise UserError("no source given: name files, a folder or a Hub data set with --source.")
+    if bool(config.tokenizer) == bool(config.train_tokenizer):
+        raise UserError("give either --tokenizer or --train_tokenizer (for example bpe:4096), and not both.")
+    if config.train_tokenizer:
+        training_size(config.train_tokenizer)
+    if not 0 <= config.validation_fraction < 1:
+        raise UserError(
+            f"validation_fraction {config.validation_fraction} is not in [0, 1): choose say 0.005."
+        )
+    for name, least in (("workers", 0), ("shard_tokens", 1), ("limit_documents", 0)):
+        if getattr(config, name) < least:
+            raise UserError(f"{name} {getattr(config, name)} is too small: choose {least} or more.")
+
+
+def _settings(
+    config: PrepareConfig,
+    sources: list[tuple[str, Source]],
+    tokenizer: TokenizerFile | None,
+    eod_id: int | None,
+) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        field_name: [_identity(source) for r, source in sources if r == role]
+        for field_name, role in (("source", TRAIN), ("validation_source", VALIDATION))
+    }
+    settings |= {
+        "tokenizer": tokenizer.sha256 if tokenizer else None,
+        "eod_token": eod_id if tokenizer else config.eod_token,
+    }
+    for name in ("train_tokenizer", "column", "streaming", "validation_fraction", "seed", "limit_documents"):
+        settings[name] = getattr(config, name)
+    return settings
+
+
+def _identity(source: Source) -> dict[str, Any]:
+    """What makes a source the same: of files their names, sizes and times, not where they lie."""
+    ignored = ("name",) if source.description["kind"] == "files" else ()
+    return {key: value for key, value in source.description.items() if key not in ignored}
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """Name of the first setting that differs, with both values."""
+    for name in new:
+        if old.get(name) != new[name]:
+            before, after = (json.dumps(value)[:200] for value in (old.get(name), new[name]))
+            return f"{name} ({before} then, {after} now)"
+    return None
+
+
+def _other_settings(out: Path, difference: str) -> UserError:
+    return UserError(
+        f"{out} was prepared with another {difference}: choose another --out, restore the setting, "
+        "or give --overwrite to start afresh."
+    )
+
+
+def _open_record(shards: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """Note the settings in a new shards folder, or check that an interrupted run had the same."""
+    path = shards / _RECORD
+    if path.is_file():
+        difference = _difference(json.loads(path.read_text(encoding="utf-8")), settings)
+        if difference is None:
+            return
+        if complete_shards(shards) and not overwrite:
+            raise _other_settings(shards.parent, difference)
+        for file in shards.iterdir():
+            if file.is_dir():
+                shutil.rmtree(file)
+            elif file.name != _LOCK:
+                file.unlink()
+    write_atomically(path, json.dumps(settings).encode())
+
+
+@contextlib.contextmanager
+def _locked(shards: Path) -> Iterator[None]:
+    """Keep a second run out of the same folder; the lock ends with the process, however that ends."""
+    with (shards / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another run is preparing {shards.parent}: wait or choose another --out."
+            ) from error
+        yield
+
+
+def _trained_tokenizer(
+    config: PrepareConfig, sources: list[tuple[str, Source]], shards: Path
+) -> TokenizerFile:
+    path = shards / TOKENIZER_NAME
+    if not path.is_file():
+        assert config.train_tokenizer
+        units = [unit for role, source in sources if role == TRAIN for unit in source.units]
+        print(f"training a {config.train_tokenizer} tokenizer", file=sys.stderr)
+        write_atomically(path, train_tokenizer(config.train_tokenizer, _sample(units)).content)
+    return TokenizerFile(path.read_bytes())
+
+
+def _sample(units: list[Unit]) -> Iterator[str]:
+    """The beginning of every unit, so that all kinds of text in a mixed source are seen."""
+    budget = -(-TRAINING_CHARACTERS // len(units))
+    for unit in units:
+        left = budget
+        for document in unit.documents():
+            for block in document.blocks:
+                yield block[:left]
+                left -= len(block)
+                if left <= 0:
+                    break
+            if left <= 0:
+                break
+
+
+def _remove_if_useless(shards: Path) -> None:
+    """After a mistake of the user's, leave nothing half-written unless there is work worth continuing."""
+    if not any(file.stat().st_size for file in shards.glob("*.bin")):
+        shutil.rmtree(shards)
+        with contextlib.suppress(OSError):  # only if nothing else is in it
+            shards.parent.rmdir()
+
+
+# Encoding into shards
+
+
+def _encode(
+    config: PrepareConfig,
+    sources: list[tuple[str, Source]],
+    tokenizer: TokenizerFile,
+    eod_id: int,
+    shards: Path,
+    progress: Progress,
+) -> None:
+    """Encode everything behind the last complete shard into further shards."""
+    records = complete_shards(shards)
+    record = records[-1] if records else ShardRecord()
+    if record.finished:
+        return
+    if records:
+        print(f"continuing behind {record.train_documents:,} documents", file=sys.stderr)
+    units = [(role, unit) for role, source in sources for unit in source.units]
+    limits = {TRAIN: config.limit_documents - record.train_documents} if config.limit_documents else {}
+    cut_long = splits_at_words(tokenizer.load())
+    batches = group(read_parts(units, record.after, limits, cut_long))
+    workers = config.workers or available_cores()
+    fraction = 0.0 if config.validation_source else config.validation_fraction
+    shard = Shard(shards, len(records), tokenizer.size(), fraction, record)
+    with (
+        contextlib.closing(encode_batches(batches, tokenizer, eod_id, config.seed, workers)) as results,
+        contextlib.ExitStack() as undo,
+    ):
+        undo.callback(lambda: shard.abort())
+        for batch, encoded in results:
+            shard.add(batch, encoded)
+            progress.update(shard.record.train_documents, len(encoded.ids), batch[-1].bytes_read)
+            if batch[-1].is_last and shard.n_tokens >= config.shard_tokens:
+                shard.commit()
+                shard = shard.following()
+        shard.record = replace(shard.record, finished=True)
+        shard.commit()
+        undo.pop_all()
+
+
+def _publish(manifest: Manifest, merged: Path, out: Path, tokenizer: TokenizerFile) -> None:
+    """Put the files in place. The manifest vouches for them: the old one goes first, the new comes last."""
+    (out / MANIFEST_NAME).unlink(missing_ok=True)
+    for split in SPLITS:
+        for suffix in (".idx", ".bin"):
+            (out / (split + suffix)).unlink(missing_ok=True)
+        for suffix in (".bin", ".idx"):
+            if split in manifest.splits:
+                (merged / (split + suffix)).replace(out / (split + suffix))
+    write_atomically(out / TOKENIZER_NAME, tokenizer.content)
+    manifest.save(out)

@@ -1,0 +1,414 @@
+"""Where text comes from: local files in several formats, plain or compressed, and Hugging Face data sets.
+
+A source is a list of units (files or one data set), each a sequence of documents to be entered anywhere.
+A document is an iterator of text blocks, so that a single file of any size passes through in bounded memory.
+"""
+
+import contextlib
+import glob
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import zstandard
+
+from sinkpretrain.errors import UserError
+
+PLAIN_TEXT = (".txt", ".md", ".rst", ".py")
+FORMATS = (".jsonl", ".json", ".parquet", *PLAIN_TEXT)
+COMPRESSIONS = (".gz", ".xz", ".zst")
+_BLOCK = 1 << 20  # characters or bytes read at once
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_PREFIX = "hub:"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document: its text in blocks, and how far into the unit's bytes the reader is (for progress)."""
+
+    blocks: Iterator[str]
+    bytes_read: int
+
+
+class Unit(Protocol):
+    """A file or a data set."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Size on disk, 0 where unknown."""
+        ...
+
+    def documents(self, skip: int = 0) -> Iterator[Document]:
+        """The documents from number `skip` on; each must be read before the next is asked for.
+
+        Raises:
+            UserError: the content is unreadable, naming the file and, for JSON, the line.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """Which part of a Hugging Face data set to read."""
+
+    split: str = "train"
+    subset: str | None = None
+    revision: str | None = None
+    streaming: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """A resolved source.
+
+    Attributes:
+        units: in reading order
+        description: for the manifest; its "fingerprint" changes when the content does
+    """
+
+    units: list[Unit]
+    description: dict[str, Any]
+
+
+def resolve(source: str, column: str, hub: HubOptions) -> Source:
+    """Find what a source names: a file, a folder, a glob, or a data set on the Hub.
+
+    A name that exists locally is a file or folder; "hub:<name>" always goes through `datasets`.
+
+    Raises:
+        UserError: nothing is found, or a file has an unknown format.
+    """
+    if source.startswith(_HUB_PREFIX):
+        return _hub_source(source.removeprefix(_HUB_PREFIX), column, hub)
+    files = _find_files(source)
+    if files:
+        return _file_source(source, files, column)
+    if _HUB_NAME.fullmatch(source) and not source.endswith(FORMATS + COMPRESSIONS):
+        return _hub_source(source, column, hub)
+    raise UserError(
+        f"source {source} matches no file: give files, a folder, a glob or the name of a Hub data set."
+    )
+
+
+@dataclass(frozen=True)
+class FileUnit:
+    """Documents of one file: a line of .jsonl, an object of .json, a row of .parquet, or a text file."""
+
+    path: Path
+    column: str
+    n_bytes: int
+
+    def documents(self, skip: int = 0) -> Iterator[Document]:
+        kind = _format_of(self.path)
+        with _readable(self.path), self.path.open("rb") as raw:
+            if kind == ".parquet":
+                yield from self._parquet(raw, skip)
+                return
+            stream = _decompressed(self.path, raw)
+            if kind == ".jsonl":
+                texts = self._lines(stream, skip)
+            elif kind == ".json":
+                texts = self._objects(stream, skip)
+            else:
+                if not skip:
+                    yield Document(_plain_text(stream), self.n_bytes)
+                return
+            for text in texts:
+                yield Document(iter((text,)), raw.tell())
+
+    def _lines(self, stream: IO[bytes], skip: int) -> Iterator[str]:
+        for number, line in enumerate(stream, start=1):
+            if line.isspace():
+                continue
+            if skip:  # counted, not parsed
+                skip -= 1
+                continue
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                raise self._bad_json(number, error) from error
+            yield self._text(value, f"line {number}")
+
+    def _objects(self, stream: IO[bytes], skip: int) -> Iterator[str]:
+        """Objects of a JSON array, or written one after another, without holding more than one of them."""
+        for number, value in _json_values(io.TextIOWrapper(stream, encoding="utf-8-sig"), self._bad_json):
+            if skip:
+                skip -= 1
+                continue
+            yield self._text(value, f"line {number}")
+
+    def _parquet(self, raw: IO[bytes], skip: int) -> Iterator[Document]:
+        import pyarrow.parquet
+
+        table = pyarrow.parquet.ParquetFile(raw)
+        if self.column not in table.schema_arrow.names:
+            raise _missing_column(str(self.path), self.column, table.schema_arrow.names)
+        n_rows = max(table.metadata.num_rows, 1)
+        row = 0
+        for batch in table.iter_batches(batch_size=256, columns=[self.column]):
+            values = batch.column(0).to_pylist() if row + len(batch) > skip else [None] * len(batch)
+            for value in values:
+                row += 1
+                if row > skip:
+                    text = _as_text(value, self.column, f"{self.path}, row {row}")
+                    yield Document(iter((text,)), self.n_bytes * row // n_rows)
+
+    def _text(self, value: Any, where: str) -> str:
+        if not isinstance(value, dict):
+            raise UserError(
+                f"{self.path}, {where}: expected an object with {self.column!r}, found {value!r:.40}."
+            )
+        if self.column not in value:
+            raise _missing_column(f"{self.path}, {where}", self.column, list(value))
+        return _as_text(value[self.column], self.column, f"{self.path}, {where}")
+
+    def _bad_json(self, line: int, error: ValueError) -> UserError:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        return UserError(f"{self.path}, line {line}: not valid JSON ({reason}); repair or remove that line.")
+
+
+@dataclass(frozen=True)
+class HubUnit:
+    """Documents of a Hugging Face data set."""
+
+    name: str
+    column: str
+    options: HubOptions
+    n_bytes: int = 0
+
+    def documents(self, skip: int = 0) -> Iterator[Document]:
+        import datasets  # seconds to import, needed for Hub data only
+
+        options = self.options
+        try:
+            data = datasets.load_dataset(
+                self.name,
+                options.subset,
+                split=options.split,
+                revision=options.revision,
+                streaming=options.streaming,
+            )
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"data set {self.name} (subset {options.subset}, split {options.split}) cannot be loaded "
+                f"({reason}): check the name, --subset, --split and the network."
+            ) from error
+        if data.column_names is not None:  # unknown before the first row of some streamed data sets
+            if self.column not in data.column_names:
+                raise _missing_column(f"data set {self.name}", self.column, data.column_names)
+            data = data.select_columns([self.column])
+        for batch in data.skip(skip).iter(batch_size=64):
+            if self.column not in batch:
+                raise _missing_column(f"data set {self.name}", self.column, list(batch))
+            for value in batch[self.column]:
+                yield Document(iter((_as_text(value, self.column, f"data set {self.name}"),)), 0)
+
+
+def _file_source(source: str, files: list[tuple[str, Path]], column: str) -> Source:
+    units: list[Unit] = []
+    digest = hashlib.sha256()
+    for name, path in files:
+        _format_of(path)
+        status = path.stat()
+        units.append(FileUnit(path, column, status.st_size))
+        digest.update(json.dumps([name, status.st_size, status.st_mtime_ns]).encode())
+    description = {
+        "kind": "files",
+        "name": source,
+        "files": len(files),
+        "bytes": sum(unit.n_bytes for unit in units),
+        "fingerprint": digest.hexdigest(),
+    }
+    return Source(units, description)
+
+
+def _hub_source(name: str, column: str, hub: HubOptions) -> Source:
+    # The commit is pinned, so that a restart after an update of the data set continues with the same rows.
+    revision = None if Path(name).exists() else _hub_commit(name, hub.revision)
+    hub = HubOptions(hub.split, hub.subset, revision or hub.revision, hub.streaming)
+    description = {
+        "kind": "data set",
+        "name": name,
+        "subset": hub.subset,
+        "split": hub.split,
+        "fingerprint": hub.revision,
+    }
+    return Source([HubUnit(name, column, hub)], description)
+
+
+def _hub_commit(name: str, revision: str | None) -> str | None:
+    """Commit behind a revision of a Hub data set; None where the Hub cannot be asked."""
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=10).sha
+    except Exception:  # offline use of a cached data set is fine; a wrong name is reported by load_dataset
+        return None
+
+
+def _find_files(source: str) -> list[tuple[str, Path]]:
+    """Files that a source names, as (name that does not depend on where it lies, path), in a fixed order."""
+    path = Path(source)
+    if path.is_file():
+        return [(path.name, path)]
+    if path.is_dir():
+        found = sorted(
+            Path(folder) / name
+            for folder, folders, names in os.walk(path)
+            if _prune_hidden(folders)
+            for name in names
+            if not name.startswith(".") and _known_format(Path(name))
+        )
+        if not found:
+            raise UserError(f"folder {source} holds no {', '.join(FORMATS)} file: check the path.")
+        return [(file.relative_to(path).as_posix(), file) for file in found]
+    return [
+        (Path(match).name, Path(match))
+        for match in sorted(glob.glob(source, recursive=True))
+        if _is_file(match)
+    ]
+
+
+def _prune_hidden(folders: list[str]) -> bool:
+    folders[:] = [folder for folder in folders if not folder.startswith(".")]
+    return True
+
+
+def _is_file(path: str) -> bool:
+    return Path(path).is_file()
+
+
+def _known_format(path: Path) -> bool:
+    inner = path.with_suffix("") if path.suffix in COMPRESSIONS else path
+    return inner.suffix in FORMATS and not (inner.suffix == ".parquet" and inner != path)
+
+
+def _format_of(path: Path) -> str:
+    if not _known_format(path):
+        raise UserError(
+            f"{path} has an unknown format: supported are {', '.join(FORMATS)}, "
+            f"and all but .parquet also with {', '.join(COMPRESSIONS)}."
+        )
+    return (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix
+
+
+def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), _BLOCK)
+    if path.suffix == ".xz":
+        return io.BufferedReader(lzma.LZMAFile(raw), _BLOCK)
+    if path.suffix == ".zst":
+        return io.BufferedReader(_ZstdReader(raw), _BLOCK)
+    return raw
+
+
+class _ZstdReader(io.RawIOBase):
+    """Decompresses zstd and, unlike zstandard's own reader, notices a file that ends inside a frame."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            data = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+            data = data or self._raw.read(1 << 16)
+            if not data:
+                if self._frame is not None and not self._frame.eof:
+                    raise EOFError("the compressed data ends too early")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = self._decompressor.decompressobj()
+            self._ready = self._frame.decompress(data)
+        n = min(len(buffer), len(self._ready))
+        buffer[:n], self._ready = self._ready[:n], self._ready[n:]
+        return n
+
+
+def _plain_text(stream: IO[bytes]) -> Iterator[str]:
+    """Blocks of a text file; bytes that are not UTF-8 become U+FFFD, one odd file must not end a long run."""
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
+    while block := text.read(_BLOCK):
+        yield block
+
+
+def _json_values(stream: IO[str], fault: Callable[[int, ValueError], UserError]) -> Iterator[tuple[int, Any]]:
+    """(line, value) of the elements of a JSON array, or of values written one after another."""
+    decoder = json.JSONDecoder()
+    buffer, line, wanted = "", 1, _BLOCK
+    at_start, in_array, closed = True, False, False
+    while True:
+        more = stream.read(wanted)
+        buffer += more
+        while True:
+            stripped = buffer.lstrip(" \t\r\n,]" if in_array else " \t\r\n")
+            between = buffer[: len(buffer) - len(stripped)]
+            line += between.count("\n")
+            closed |= "]" in between
+            buffer = stripped
+            if at_start and buffer.startswith("["):
+                at_start, in_array, buffer = False, True, buffer[1:]
+                continue
+            if not buffer:
+                break
+            at_start = False
+            try:
+                value, end = decoder.raw_decode(buffer)
+            except ValueError as error:
+                if more:
+                    break  # perhaps only cut off: read on
+                position = error.lineno - 1 if isinstance(error, json.JSONDecodeError) else 0
+                raise fault(line + position, error) from error
+            yield line, value
+            line += buffer.count("\n", 0, end)
+            buffer, wanted = buffer[end:], _BLOCK
+        if not more:
+            if in_array and not closed:
+                raise fault(line, ValueError("the array is not closed"))
+            return
+        wanted = max(_BLOCK, len(buffer))  # doubling keeps the repeated attempts at one huge value linear
+
+
+def _as_text(value: Any, column: str, where: str) -> str:
+    if value is None:
+        return ""  # counted among the empty documents
+    if not isinstance(value, str):
+        raise UserError(
+            f"{where}: column {column!r} holds {type(value).__name__}, not text; choose with --column."
+        )
+    return value
+
+
+def _missing_column(where: str, column: str, present: list[str]) -> UserError:
+    return UserError(
+        f"{where}: no column {column!r}, only {', '.join(map(repr, present))}; choose with --column."
+    )
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what decompressors and decoders (pyarrow's errors are ValueErrors) raise into one sentence."""
+    faults = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, zstandard.ZstdError)
+    try:
+        yield
+    except UserError:
+        raise
+    except faults as error:
+        raise UserError(
+            f"{path} is unreadable or damaged ({error}): copy it again or leave it out."
+        ) from error

@@ -1,0 +1,178 @@
+"""Attention with an optional extra softmax column, its gradient exact, and the merge that streaming uses.
+
+Letters of the axes: B batch, H heads, T queries, S keys, D dimensions of a head, R rotated dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sinkpretrain.sinks import Column
+
+aten = torch.ops.aten
+
+
+# --- rotary positions ---------------------------------------------------------------------------------------------
+
+
+def rope_tables(positions_T: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, fp32 [T, R], of the rotary angles at integer positions (Su et al. 2021, arXiv 2104.09864).
+
+    Never stored in the model: a blanket cast of a table to bf16 would put positions near 2,000 wrong by 0.4 rad.
+    """
+    exponents = torch.arange(0, rotary_dim, 2, device=positions_T.device, dtype=torch.float32) / rotary_dim
+    angles = positions_T.float()[:, None] * (1.0 / base**exponents)[None, :]
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """Rotate the first R dimensions of each head, in fp32, halves paired as GPT-NeoX does."""
+    rotary_dim = cos_TR.shape[-1]
+    x = x_BHTD[..., :rotary_dim].to(cos_TR.dtype)
+    left, right = x.chunk(2, dim=-1)
+    turned = (x * cos_TR + torch.cat((-right, left), dim=-1) * sin_TR).to(x_BHTD.dtype)
+    return torch.cat((turned, x_BHTD[..., rotary_dim:]), dim=-1)
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def causal_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, column: Column | None) -> Tensor:
+    """Causal softmax attention [B, H, T, D], with the extra column if there is one. Gradients are exact."""
+    if column is None:
+        return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True)
+    out: Tensor = ColumnAttention.apply(q_BHTD, k_BHTD, v_BHTD, column.logit, column.value)  # type: ignore[no-untyped-call]
+    return out
+
+
+class ColumnAttention(torch.autograd.Function):
+    """Causal attention with one extra column, through the stock flash kernels.
+
+    Flash kernels give no gradient for the logsumexp, so out * sigmoid(lse - s) would train with wrong dq and dk. But
+    the flash backward only needs the logsumexp of the softmax that was taken and rowsum(dO * out); given the ones of
+    the softmax *with* the column, it returns the exact gradients of q, k and v. With p_i = exp(s_i - lse'_i):
+
+        lse' = logaddexp(lse, s)      out' = exp(lse - lse') out + p v'
+        ds_i = p_i (dO_i . v' - dO_i . out'_i)        dv' = sum_i p_i dO_i
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, s: Tensor, value: Tensor | None) -> Tensor:
+        out, lse, extra = _flash_forward(q, k, v)
+        lse_all = torch.logaddexp(lse, s.to(lse.dtype))
+        merged = out * torch.exp(lse - lse_all).unsqueeze(-1)
+        if value is not None:
+            p = torch.exp(s.to(lse.dtype) - lse_all)
+            merged = merged + p.unsqueeze(-1) * value.unsqueeze(-2)
+        merged = merged.to(q.dtype)
+        ctx.save_for_backward(q, k, v, s, value, merged, lse_all, *extra)
+        return merged
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (d_out,) = grads
+        q, k, v, s, value, merged, lse_all, *extra = ctx.saved_tensors
+        dq, dk, dv = _flash_backward(d_out, q, k, v, merged, lse_all, extra)
+        d_s = d_value = None
+        if ctx.needs_input_grad[3] or (value is not None and ctx.needs_input_grad[4]):
+            d_wide = d_out.to(lse_all.dtype)
+            p = torch.exp(s.to(lse_all.dtype) - lse_all)
+            inner = -(d_wide * merged).sum(-1)
+            if value is not None:
+                inner = inner + (d_wide * value.unsqueeze(-2)).sum(-1)
+                d_value = (p.unsqueeze(-1) * d_wide).sum((0, 2)).to(value.dtype)
+            d_s = (p * inner).sum_to_size(s.shape).to(s.dtype)
+        return dq, dk, dv, d_s, d_value
+
+
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Causal flash attention: output, logsumexp [B, H, T], and what the backward of the same device wants besides."""
+    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
+        out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
+        return out, lse, (seed, offset)
+    if q.device.type == "cuda":
+        T = q.shape[2]
+        out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)
+        return out, lse[..., :T].contiguous(), (seed, offset)
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+    return out, lse, ()
+
+
+def _flash_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_out = d_out.contiguous()
+    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
+        T = q.shape[2]
+        grads = aten._scaled_dot_product_flash_attention_backward(
+            d_out, q, k, v, out, lse, None, None, T, T, 0.0, True, *extra
+        )
+        return grads[0], grads[1], grads[2]
+    if q.device.type == "cuda":
+        # This kernel reads the logsumexp in rows padded to a multiple of 32.
+        lse = F.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
+        grads = aten._scaled_dot_product_efficient_attention_backward(
+            d_out, q, k, v, None, out, lse, *extra, 0.0, [True, True, True, False], True
+        )
+        return grads[0], grads[1], grads[2]
+    grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(d_out, q, k, v, out, lse, 0.0, True)
+    return grads[0], grads[1], grads[2]
+
+
+# --- inference ----------------------------------------------------------------------------------------------------
+
+
+def masked_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, bias_TS: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention under an additive bias (0 or -inf), no gradient: output [B, H, T, D], fp32 logsumexp [B, H, T]."""
+    bias = bias_TS.to(q_BHTD.dtype)
+    blind_T1 = (bias == float("-inf")).all(-1, keepdim=True)
+    if q_BHTD.device.type == "cuda":
+        B, H, T, _ = q_BHTD.shape
+        S = k_BHSD.shape[2]
+        # The kernel loads the bias in aligned rows: give it a padded buffer and a view of the true width.
+        padded = F.pad(bias, (0, -S % 16))[:, :S].expand(B, H, T, S)
+        out, lse, _, _ = aten._scaled_dot_product_efficient_attention(q_BHTD, k_BHSD, v_BHSD, padded, True)
+        lse = lse[..., :T].float()
+    else:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q_BHTD, k_BHSD, v_BHSD, attn_mask=bias)
+    # Kernels differ in what they return for a query that sees nothing; an empty sum is 0 and its logarithm -inf.
+    return out.masked_fill(blind_T1, 0.0), lse.masked_fill(blind_T1.squeeze(-1), float("-inf"))
+
+
+def merge_keys(out_BHTD: Tensor, lse_BHT: Tensor, logits_BHTS: Tensor, v_BHSD: Tensor) -> tuple[Tensor, Tensor]:
+    """Add a few keys (scaled fp32 logits, values) to a softmax that was taken without them."""
+    more = torch.logsumexp(logits_BHTS, dim=-1)
+    lse_all = torch.logaddexp(lse_BHT, more)
+    weights = torch.exp(logits_BHTS - lse_all.unsqueeze(-1))
+    kept = out_BHTD.to(lse_all.dtype) * torch.exp(lse_BHT - lse_all).unsqueeze(-1)
+    return kept + weights @ v_BHSD.to(lse_all.dtype), lse_all
+
+
+def merge_column(out_BHTD: Tensor, lse_BHT: Tensor, column: Column | None) -> Tensor:
+    """Apply a mechanism's column to an output and its logsumexp (the formula at the head of ``sinkpretrain.sinks``)."""
+    if column is None:
+        return out_BHTD
+    g = torch.sigmoid(lse_BHT - column.logit.to(lse_BHT.dtype)).unsqueeze(-1)
+    out = g * out_BHTD
+    return out if column.value is None else out + (1 - g) * column.value.unsqueeze(-2)
+
+
+def attention_weights(
+    q_BHTD: Tensor, k_BHSD: Tensor, column: Column | None, visible_TS: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The attention itself, fp32 [B, H, T, S], and the mass on the column [B, H, T]; their sum over S is 1.
+
+    Quadratic in memory: for measures and as the plain reference of the fast paths.
+    """
+    logits = (q_BHTD.float() @ k_BHSD.float().mT) * q_BHTD.shape[-1] ** -0.5
+    logits = logits.masked_fill(~visible_TS, float("-inf"))
+    lse = torch.logsumexp(logits, dim=-1)
+    if column is None:
+        return torch.exp(logits - lse.unsqueeze(-1)), torch.zeros_like(lse)
+    lse_all = torch.logaddexp(lse, column.logit.float())
+    return torch.exp(logits - lse_all.unsqueeze(-1)), torch.exp(column.logit.float() - lse_all)

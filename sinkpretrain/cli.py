@@ -1,0 +1,92 @@
+"""The console script: one table of commands, each a function whose signature and docstring are its flags and help.
+
+A command's module is imported when it is called, so that ``--help`` and mistakes in a flag answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sinkpretrain import __version__
+from sinkpretrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command lives and what it does in one line."""
+
+    module: str
+    function: str
+    summary: str
+
+
+COMMANDS = {
+    "prepare": Command("sinkpretrain.commands", "prepare", "text in, packed tokens out"),
+    "train": Command("sinkpretrain.commands", "train", "train a model, or go on training it"),
+    "stream": Command("sinkpretrain.commands", "stream", "streaming perplexity of a model over a long text"),
+    "compare": Command("sinkpretrain.commands", "compare", "Table 3 and figures from results and runs"),
+    "export": Command("sinkpretrain.commands", "export", "a Hugging Face folder from a run"),
+    "demo": Command("sinkpretrain.commands", "demo", "the whole path in a few minutes, without a network"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 2 a mistake in the input, 128 + n stopped by signal n."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"sinkpretrain {__version__}")
+        return 0
+    warnings.showwarning = _one_line_warning
+    try:
+        command = find(arguments[0])
+        function: Callable[..., int] = getattr(importlib.import_module(command.module), command.function)
+        return function(arguments[1:])
+    except UserError as error:
+        print(f"sinkpretrain {arguments[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"sinkpretrain {arguments[0]}: stopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def find(name: str) -> Command:
+    """The command of this name; raises UserError with the nearest one."""
+    if name in COMMANDS:
+        return COMMANDS[name]
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(COMMANDS)}."
+    raise UserError(f"there is no such command; {hint}")
+
+
+def overview() -> str:
+    """The text of ``sinkpretrain --help``."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: sinkpretrain COMMAND ...",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "sinkpretrain COMMAND --help tells more.",
+        ]
+    )
+
+
+def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,205 @@
+"""The commands behind ``sinkpretrain``: flags from signatures and docstrings (jsonargparse), results printed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from sinkpretrain.config import RunConfig, from_dict, recipe_path
+from sinkpretrain.errors import UserError
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """jsonargparse with flags spelt with dashes, and mistakes raised as one sentence instead of a usage text."""
+
+    def __init__(self, command: str, **kwargs: Any) -> None:
+        super().__init__(prog=f"sinkpretrain {command}", exit_on_error=False, default_env=False, **kwargs)
+
+    def format_help(self, *args: Any) -> str:
+        return re.sub(r"--[a-z_.]+", lambda m: m.group().replace("_", "-"), super().format_help(*args))
+
+    def parse(self, argv: Sequence[str]) -> dict[str, Any]:
+        """The values of the flags as plain nested data; raises UserError."""
+        arguments = [_underscored(a) for a in argv]
+        known = {o for action in self._actions for o in action.option_strings}
+        for argument in arguments:
+            name = argument.partition("=")[0]
+            if name.startswith("--") and name not in known and not self._open_ended(name, known):
+                near = difflib.get_close_matches(name, known, n=1)
+                shown = name.replace("_", "-")
+                hint = f"did you mean {near[0].replace('_', '-')}?" if near else "see --help."
+                raise UserError(f"there is no flag {shown}; {hint}")
+        try:
+            values: dict[str, Any] = self.parse_args(arguments).as_dict()
+        except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+            raise UserError(_one_sentence(str(error))) from error
+        return values
+
+    @staticmethod
+    def _open_ended(name: str, known: set[str]) -> bool:
+        """``--sink.options.n`` is a key of the open mapping ``--sink.options``."""
+        return any(name.startswith(f"{k}.") for k in known if k.endswith(".options"))
+
+
+def _underscored(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
+
+
+def _one_sentence(text: str) -> str:
+    """jsonargparse explains over several lines; the first that names the setting and the last that says why."""
+    lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")]
+    return " ".join(dict.fromkeys((lines[0], lines[-1]))).rstrip(".") + "; see --help." if lines else text
+
+
+def _arguments(command: str, function: Callable[..., Any], argv: Sequence[str]) -> dict[str, Any]:
+    """Parse ``argv`` by the signature of ``function``, whose parameters without a default are positional."""
+    parser = Parser(command, description=(function.__doc__ or "").partition("\n\n")[0])
+    parser.add_function_arguments(function, as_positional=True)
+    return parser.parse(argv)
+
+
+# --- commands -----------------------------------------------------------------------------------------------------
+
+
+def prepare(argv: Sequence[str]) -> int:
+    from data_prep.prepare import PrepareConfig, describe
+    from data_prep.prepare import prepare as run
+    from sinkpretrain.tokens import verify
+
+    parser = Parser("prepare", description="Text in, packed tokens out (Megatron/GPT-NeoX .bin/.idx and a manifest).")
+    parser.add_class_arguments(PrepareConfig)
+    parser.add_argument("--verify", type=str, help="check a prepared folder against its manifest instead")
+    if argv and argv[0].startswith("--verify"):
+        folder = argv[0].partition("=")[2] or (argv[1] if len(argv) > 1 else "")
+        if not folder:
+            raise UserError("--verify needs the folder to check.")
+        problems = verify(Path(folder))
+        print("\n".join(problems) if problems else f"{folder}: every file is as it was written.")
+        return 1 if problems else 0
+    values = parser.parse(argv)
+    values.pop("verify", None)
+    print(describe(run(PrepareConfig(**values))))
+    return 0
+
+
+def load_run_config(argv: Sequence[str]) -> RunConfig:
+    """The configuration of a run: recipes (``--config``, later ones win), then dotted overrides.
+
+    Raises:
+        UserError: an unknown recipe, setting or value.
+    """
+    arguments = []
+    pending = iter(argv)
+    for argument in pending:
+        if argument == "--config" or argument.startswith("--config="):
+            value = argument.partition("=")[2] or next(pending, "")
+            for name in value.split(","):
+                arguments += ["--config", str(_checked_recipe(name))]
+        else:
+            arguments.append(argument)
+    parser = Parser(
+        "train",
+        description="Train a model; the same command continues an interrupted run. --config takes files or the names "
+        "of recipes that come with the package (pythia-160m, one-sink-token, ...), several separated by commas.",
+    )
+    parser.add_argument("--config", action="config", help="recipe; later ones and dotted flags win")
+    parser.add_class_arguments(RunConfig)
+    values = parser.parse(arguments)
+    values.pop("config", None)
+    return from_dict(RunConfig, values)
+
+
+def _checked_recipe(name: str) -> Path:
+    """The recipe's file, once its keys are known to be settings."""
+    path = recipe_path(name)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the recipe {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"the recipe {path} is not a mapping of settings.")
+    try:
+        from_dict(RunConfig, data)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return path
+
+
+def train(argv: Sequence[str]) -> int:
+    config = load_run_config(argv)
+    # After the flags are known to be right: Lightning takes seconds to import.
+    from sinkpretrain.train import train as run
+
+    result = run(config)
+    return 0 if result.signal is None else 128 + result.signal
+
+
+def stream(argv: Sequence[str]) -> int:
+    from sinkpretrain.evaluate import stream as run
+
+    results = run(**_arguments("stream", run, argv))
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("setting", "perplexity", "95 %", "beyond the cache", "tokens/s", title=results["model"]["name"])
+    for name, s in results["settings"].items():
+        beyond = s["ppl_beyond_cache"]
+        table.add_row(
+            name,
+            f"{s['ppl']:.2f}",
+            f"{s['interval'][0]:.2f} - {s['interval'][1]:.2f}",
+            f"{beyond:.2f}" if beyond else "",
+            f"{s['tokens_per_second']:,.0f}",
+        )
+    Console().print(table)
+    return 0
+
+
+def compare(argv: Sequence[str]) -> int:
+    """Parse by hand what jsonargparse cannot: any number of folders in front of the flags."""
+    from sinkpretrain.compare import compare as run
+    from sinkpretrain.compare import log_to_wandb, print_table
+
+    parser = Parser("compare", description="Table 3 and figures from the folders that stream and train wrote.")
+    parser.add_argument("paths", nargs="+", type=str, help="result or run folders, or folders that hold some")
+    parser.add_argument("--out", type=str, required=True, help="folder for tables and figures")
+    parser.add_argument("--paper", type=bool, default=True, help="show the paper's numbers beside ours")
+    parser.add_argument("--wandb", type=str, default="off", help="off, offline or online: also log them there")
+    parser.add_argument("--wandb_project", type=str, default="sinkpretrain", help="its project")
+    values = parser.parse(argv)
+    comparison = run([Path(p) for p in values["paths"]], Path(values["out"]), paper=values["paper"])
+    from rich.console import Console
+
+    print_table(comparison, Console())
+    if values["wandb"] != "off":
+        log_to_wandb(comparison, values["wandb"], values["wandb_project"])
+    print(f"written to {values['out']}: {', '.join(sorted(p.name for p in Path(values['out']).iterdir()))}")
+    return 0
+
+
+def export(argv: Sequence[str]) -> int:
+    from sinkpretrain.export import export as run
+
+    values = _arguments("export", run, argv)
+    run(**values)
+    print(f"exported to {values['out']}, reloaded and checked.")
+    return 0
+
+
+def demo(argv: Sequence[str]) -> int:
+    from sinkpretrain.demo import demo as run
+
+    run(**_arguments("demo", run, argv))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit("use `python -m sinkpretrain`")

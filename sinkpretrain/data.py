@@ -1,0 +1,260 @@
+"""Data order as arithmetic: which tokens are in a batch follows from (data seed, number of the first sample) alone.
+
+Nothing about the loader is ever saved. A checkpoint knows how many samples were seen; from there the order goes on,
+whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sinkpretrain.config import MAX_SINK_TOKENS, DataConfig, ModelConfig
+from sinkpretrain.errors import UserError
+from sinkpretrain.tokens import Manifest, TokenFile, open_split
+
+IGNORED = -100
+"""Label of a position without a target, as in torch's cross entropy."""
+
+Indices = NDArray[np.int64]
+
+
+class Batch(NamedTuple):
+    """Token ids and the id that each position has to predict, both int64 [samples, context]."""
+
+    ids: Tensor
+    labels: Tensor
+
+
+# --- order --------------------------------------------------------------------------------------------------------
+
+
+def permute(indices: Indices, n: int, key: int) -> Indices:
+    """A pseudo-random permutation of 0 .. n - 1, evaluated at ``indices`` only.
+
+    A Feistel network over the smallest even number of bits that holds n, walked until it lands inside (Black and
+    Rogaway 2002, "Ciphers with arbitrary finite domains"): exactly a bijection, no memory, no start-up time, however
+    large the corpus.
+
+    Args:
+        indices: int64, any shape, each in 0 .. n - 1.
+        n: size of the domain.
+        key: which permutation.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = np.random.SeedSequence(key).generate_state(8, np.uint64)
+    out = indices.astype(np.uint64)
+    outside = np.ones(out.shape, dtype=bool)
+    while outside.any():
+        x = out[outside]
+        left, right = x >> half, x & mask
+        for round_key in keys:
+            left, right = right, left ^ (_mix(right ^ round_key) & mask)
+        out[outside] = (left << half) | right
+        outside = out >= n
+    return out.astype(np.int64)
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of splitmix64 (Steele et al. 2014): every input bit reaches every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which sample of the file is the g-th one of training, for any g: epochs follow each other without end."""
+
+    n_samples: int
+    seed: int
+    shuffle: bool
+
+    def __call__(self, first: int, count: int) -> Indices:
+        """File indices, int64 [count], of the training samples first .. first + count - 1."""
+        g = np.arange(first, first + count, dtype=np.int64)
+        epochs, within = np.divmod(g, self.n_samples)
+        if not self.shuffle:
+            return within
+        out = np.empty_like(within)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            # Seed and epoch are spread apart so that (seed 1, epoch 0) is not (seed 0, epoch 1).
+            out[chosen] = permute(within[chosen], self.n_samples, (self.seed << 32) + int(epoch))
+        return out
+
+
+# --- samples ------------------------------------------------------------------------------------------------------
+
+
+def to_batch(rows: Indices, prefix: tuple[int, ...]) -> Batch:
+    """Put the sinks in front of samples of context + 1 tokens and line up the targets.
+
+    With n prefix ids the inputs are the prefix and the first context - n tokens, so that positions never exceed the
+    context; the last prefix position predicts the first token, the ones before it predict nothing.
+    """
+    n, context = len(prefix), rows.shape[1] - 1
+    if n == 0:
+        return Batch(torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy()))
+    ids = np.empty((len(rows), context), dtype=np.int64)
+    labels = np.full((len(rows), context), IGNORED, dtype=np.int64)
+    ids[:, :n], ids[:, n:] = prefix, rows[:, : context - n]
+    labels[:, n - 1 :] = rows[:, : context - n + 1]
+    return Batch(torch.from_numpy(ids), torch.from_numpy(labels))
+
+
+def shared_targets(batch: Batch, n_prefix: int) -> Batch:
+    """Keep only the targets that every mechanism has: tokens 1 .. context - 27 of a sample.
+
+    The first text token has no target without a sink, and the last ones are displaced by up to 27 sinks.
+    """
+    labels = batch.labels.clone()
+    labels[:, :n_prefix] = IGNORED
+    last = n_prefix + max(1, labels.shape[1] - MAX_SINK_TOKENS)
+    labels[:, last:] = IGNORED
+    return Batch(batch.ids, labels)
+
+
+class Samples:
+    """The samples of one token file, with the mechanism's prefix in front."""
+
+    def __init__(self, file: TokenFile, model: ModelConfig, prefix: tuple[int, ...]) -> None:
+        self.file, self.model, self.prefix = file, model, prefix
+        self.n_samples = file.n_samples(model.context)
+        if self.n_samples < 1:
+            raise UserError(
+                f"{file.prefix} holds {file.n_tokens:,} tokens, fewer than one sample of {model.context + 1:,}; "
+                "prepare more text or lower model.context."
+            )
+
+    def batch(self, indices: Indices) -> Batch:
+        """The samples at these file indices; raises UserError for an id that the vocabulary does not have."""
+        rows = self.file.samples(indices, self.model.context)
+        worst = int(rows.max(initial=0))
+        if worst >= self.model.tokenizer_size:
+            raise UserError(
+                f"{self.file.prefix} holds the token id {worst}, but the model's text vocabulary ends at "
+                f"{self.model.tokenizer_size - 1}; prepare the data with the tokenizer that model.tokenizer_size "
+                "speaks of."
+            )
+        return to_batch(rows, self.prefix)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """This process's share of every optimizer step, from a given sample on, without end.
+
+    One item is one whole step of this rank: [batch_size / world, context]. The next ones are read and pinned by a
+    thread while the step runs.
+    """
+
+    samples: Samples
+    order: Order
+    batch_size: int
+    rank: int = 0
+    world: int = 1
+    first_sample: int = 0
+    pin: bool = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=2)
+        closed = threading.Event()
+
+        def fill() -> None:
+            first = self.first_sample
+            try:
+                while not closed.is_set():
+                    item = self.share(first)
+                    if self.pin:
+                        item = Batch(item.ids.pin_memory(), item.labels.pin_memory())
+                    first += self.batch_size
+                    _put(ready, item, closed)
+            except BaseException as error:
+                # Shown where the batch is asked for, in the training loop.
+                _put(ready, error, closed)
+
+        threading.Thread(target=fill, daemon=True, name="batches").start()
+        try:
+            while True:
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            closed.set()
+
+    def share(self, first: int) -> Batch:
+        """This rank's slice of the step whose first sample is number ``first``."""
+        per_rank = self.batch_size // self.world
+        return self.samples.batch(self.order(first + self.rank * per_rank, per_rank))
+
+
+def _put(ready: queue.Queue[Batch | BaseException], item: Batch | BaseException, closed: threading.Event) -> None:
+    while not closed.is_set():
+        try:
+            ready.put(item, timeout=0.2)
+        except queue.Full:
+            continue
+        return
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The opened data of a run. ``manifest`` and ``tokenizer`` are None for a bare ``.bin``/``.idx`` pair."""
+
+    train: TokenFile
+    validation: TokenFile | None
+    manifest: Manifest | None
+    tokenizer: Path | None
+
+    def identity(self) -> dict[str, str | int]:
+        """What must be the same for two runs to have seen the same data."""
+        about: dict[str, str | int] = {"train_tokens": self.train.n_tokens}
+        if self.manifest is not None:
+            about |= {
+                "train_sha256": self.manifest.data_hash("train"),
+                "tokenizer": self.manifest.tokenizer_sha256,
+            }
+            if self.validation is not None:
+                about["validation_sha256"] = self.manifest.data_hash("validation")
+        return about
+
+
+def open_data(config: DataConfig) -> Tokens:
+    """Open what the configuration names; raises UserError if it is missing, damaged or not token data."""
+    if not config.path:
+        raise UserError("data.path is not set; give the folder that `sinkpretrain prepare` wrote.")
+    path = Path(config.path)
+    manifest = tokenizer = validation = None
+    if path.is_dir():
+        train = open_split(path, "train")
+        manifest = Manifest.load(path)
+        tokenizer = path / "tokenizer.json" if (path / "tokenizer.json").is_file() else None
+        if (path / "validation.idx").is_file() and not config.validation_path:
+            validation = open_split(path, "validation")
+    else:
+        train = TokenFile.open(path)
+    if config.validation_path:
+        validation = TokenFile.open(config.validation_path)
+    return Tokens(train, validation, manifest, tokenizer)
+
+
+def training_order(config: DataConfig, samples: Samples) -> Order:
+    """Shuffled, unless the configuration says otherwise or the file's rows are samples in an order of their own."""
+    shuffle = config.shuffle
+    if shuffle is None:
+        shuffle = samples.file.row_length() != samples.model.context + 1
+    return Order(samples.n_samples, config.seed, shuffle)

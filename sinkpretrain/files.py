@@ -1,0 +1,89 @@
+"""Files that are there whole or not at all, and their hashes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sinkpretrain.errors import UserError
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _umask()
+"""Read once, at import, while there is one thread: it can only be read by setting it."""
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a temporary file, sync it to disk, then put it in place of ``path`` in one step.
+
+    An interrupted or failing write leaves the old file as it was and no temporary file behind.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        # Some writers (safetensors) leave files that only their owner can read; colleagues on a cluster need them.
+        temporary.chmod(0o666 & ~_UMASK)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except Exception as error:
+        if out_of_space(error):
+            raise UserError(
+                f"cannot write {path}: the disk is full; free some space and give the same command again "
+                "(what was there before is intact)."
+            ) from error
+        if isinstance(error, PermissionError):
+            raise UserError(f"cannot write {path}: permission denied; choose a folder you can write to.") from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def out_of_space(error: BaseException) -> bool:
+    """Whether a failed write ran out of disk; torch and safetensors wrap the error number in a text of their own."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    texts = ("No space left", "file write failed", "unexpected pos", "Disk quota", "File too large")
+    return getattr(error, "errno", None) in codes or any(t in str(error) for t in texts)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write indented JSON atomically; NaN and infinity are refused, for most readers cannot parse them."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; raises UserError naming the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def sha256_file(*paths: Path) -> str:
+    """Hex digest of a file's content, or of several files' contents one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,184 @@
+"""One way to name a model everywhere: a run directory, a checkpoint or weights file, or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sinkpretrain import hf, sinks
+from sinkpretrain.config import ModelConfig, SinkConfig, from_dict, to_dict
+from sinkpretrain.errors import UserError
+from sinkpretrain.files import read_json, sha256_file, write_atomically
+from sinkpretrain.model import GPTNeoX
+
+METADATA_KEY = "sinkpretrain"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to evaluate, and where it came from.
+
+    model: in evaluation mode, fp32, on the CPU.
+    files: the weights that were read.
+    tokenizer: its ``tokenizer.json``, if one lies beside it.
+    tokenizer_sha256: hash of the tokenizer that the training data were prepared with, if known.
+    step: optimizer steps behind the weights, if known.
+    name: how its run calls it.
+    """
+
+    model: GPTNeoX
+    files: tuple[Path, ...]
+    tokenizer: Path | None
+    tokenizer_sha256: str | None
+    step: int | None
+    name: str
+
+    @property
+    def label(self) -> str:
+        """The mechanism, for tables."""
+        return sinks.label(self.model.sink_config)
+
+    def provenance(self) -> dict[str, Any]:
+        """What a result must say about its model."""
+        return {
+            "path": str(self.files[0] if len(self.files) == 1 else self.files[0].parent),
+            "name": self.name,
+            "sha256": sha256_file(*self.files),
+            "step": self.step,
+            "mechanism": self.label,
+            "sink": to_dict(self.model.sink_config),
+            "shape": to_dict(self.model.config),
+            "parameters": self.model.n_parameters(),
+        }
+
+
+def save_weights(model: GPTNeoX, path: Path, step: int, name: str = "", dtype: torch.dtype | None = None) -> None:
+    """Write a model as one safetensors file that says itself what it is; atomic; raises UserError on a full disk."""
+    from safetensors.torch import save_file
+
+    state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in model.state_dict().items()}
+    about = {"model": to_dict(model.config), "sink": to_dict(model.sink_config), "step": step, "name": name}
+    write_atomically(path, lambda p: save_file(state, p, metadata={METADATA_KEY: json.dumps(about)}))
+
+
+def load_model(path: str | Path) -> LoadedModel:
+    """Load whatever ``path`` names.
+
+    Args:
+        path: a run directory (its newest weights are taken), a ``.safetensors`` file or ``.ckpt`` checkpoint of this
+            project, or a Hugging Face folder with a GPT-NeoX model.
+
+    Raises:
+        UserError: nothing loadable is there; the sentence says what was looked for.
+    """
+    given = Path(path)
+    if given.is_dir():
+        if (given / "config.yaml").is_file():
+            return _load_file(newest_weights(given), given)
+        if (given / "config.json").is_file():
+            return _load_hf(given)
+        raise UserError(
+            f"{given} is neither a run directory (no config.yaml) nor a Hugging Face folder (no config.json)."
+        )
+    if not given.is_file():
+        raise UserError(f"there is no model at {given}; give a run directory, a checkpoint or a Hugging Face folder.")
+    return _load_file(given, given.parent.parent)
+
+
+def newest_weights(run: Path) -> Path:
+    """The weights with the highest step in a run directory; raises UserError if there are none yet."""
+    files = numbered(run / "weights", ".safetensors") + numbered(run / "checkpoints", ".ckpt")
+    if not files:
+        raise UserError(f"the run {run} has no weights yet; train it first.")
+    # At equal steps the plain weights are the cheaper ones to read.
+    return max(files, key=lambda f: (step_of(f), f.suffix == ".safetensors"))
+
+
+def step_of(file: Path) -> int:
+    """The step in a file name such as ``step-0001000.ckpt``."""
+    return int(file.stem.removeprefix("step-"))
+
+
+def numbered(folder: Path, suffix: str) -> list[Path]:
+    """The files ``step-<number><suffix>`` of a folder, by step; anything else that lies there is not ours."""
+    name = re.compile(rf"step-\d+{re.escape(suffix)}")
+    return sorted((f for f in folder.glob("step-*") if name.fullmatch(f.name)), key=step_of)
+
+
+def _load_file(file: Path, run: Path) -> LoadedModel:
+    state, about = _read_checkpoint(file) if file.suffix == ".ckpt" else _read_safetensors(file)
+    if not isinstance(about, dict) or not {"model", "sink"} <= about.keys():
+        raise UserError(f"{file} does not say what model it holds; was it written by sinkpretrain?")
+    config = from_dict(ModelConfig, about["model"])
+    sink = from_dict(SinkConfig, about["sink"])
+    tokenizer = run / "tokenizer.json"
+    return LoadedModel(
+        model=_filled(config, sink, state, file),
+        files=(file,),
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+        tokenizer_sha256=sha256_file(tokenizer) if tokenizer.is_file() else None,
+        step=about.get("step"),
+        name=about.get("name") or run.name,
+    )
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read the weights {file}: {error}") from error
+    if METADATA_KEY not in metadata:
+        raise UserError(f"{file} was not written by sinkpretrain; give the Hugging Face folder that it lies in.")
+    return state, json.loads(metadata[METADATA_KEY])
+
+
+def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        # weights_only: a checkpoint is data, nothing in it may run.
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        about = checkpoint.get(METADATA_KEY)
+        prefix = "model."
+        state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    except Exception as error:
+        raise UserError(f"cannot read the checkpoint {file}: {error}") from error
+    return state, about
+
+
+def _load_hf(folder: Path) -> LoadedModel:
+    """A GPT-NeoX folder; one that ``sinkpretrain export`` wrote names the mechanism it was trained with."""
+    config, sink = hf.model_config(folder), SinkConfig()
+    about = read_json(folder / "config.json").get(METADATA_KEY) or {}
+    if about:
+        # The shape is what the folder says; only which of its rows text uses is not in a stock configuration.
+        config = replace(config, tokenizer_size=from_dict(ModelConfig, about["model"]).tokenizer_size)
+        sink = from_dict(SinkConfig, about["sink"])
+    tokenizer = folder / "tokenizer.json"
+    files = sorted(folder.glob("*.safetensors"))
+    return LoadedModel(
+        model=_filled(config, sink, hf.from_hf(hf.load_weights(folder), config), folder),
+        files=tuple(files),
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+        tokenizer_sha256=about.get("tokenizer_sha256"),
+        step=about.get("step"),
+        name=about.get("name") or folder.resolve().name,
+    )
+
+
+def _filled(config: ModelConfig, sink: SinkConfig, state: dict[str, Tensor], source: Path) -> GPTNeoX:
+    with torch.device("meta"):
+        model = GPTNeoX(replace(config), sink, seed=None)
+    try:
+        model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"the weights in {source} do not fit their own configuration: {error}") from error
+    return model.eval().requires_grad_(False)

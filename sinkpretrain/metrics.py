@@ -1,0 +1,45 @@
+"""metrics.jsonl: the record of a run, one line per step and kind, also after interruptions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sinkpretrain.errors import UserError
+from sinkpretrain.files import out_of_space, write_atomically
+
+FILE = "metrics.jsonl"
+
+
+def append(run: Path, lines: list[dict[str, Any]]) -> None:
+    """Append lines, each with ``kind`` (train, validation, probe) and ``step``; raises UserError on a full disk."""
+    try:
+        with (run / FILE).open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+    except OSError as error:
+        if not out_of_space(error):
+            raise
+        raise UserError(
+            f"cannot write {run / FILE}: the disk is full; free some space and give the same command again."
+        ) from error
+
+
+def read(run: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a run; an unfinished last line, left by a killed process, is passed over."""
+    path = run / FILE
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+
+def truncate(run: Path, step: int) -> None:
+    """Forget every line after ``step``: a resumed run writes them again, and each step must stand there once."""
+    kept = [json.dumps(line) + "\n" for line in read(run) if line["step"] <= step]
+    write_atomically(run / FILE, lambda p: p.write_text("".join(kept), encoding="utf-8"))

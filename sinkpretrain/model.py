@@ -1,0 +1,158 @@
+"""GPT-NeoX (Black et al. 2022, arXiv 2204.06745) as Pythia uses it, with a sink mechanism in every attention layer.
+
+Letters of the axes: B batch, T tokens, C width of the residual stream, H heads, D dimensions of a head, V vocabulary.
+How tokens attend to each other is a function given to the forward (``Attend``), so that training, streaming and
+measuring run the very same layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sinkpretrain import sinks
+from sinkpretrain.attention import causal_attention, rope_tables, rotate
+from sinkpretrain.config import ModelConfig, SinkConfig
+from sinkpretrain.errors import UserError
+
+Attend = Callable[[int, Tensor, Tensor, Tensor, sinks.Mechanism], Tensor]
+"""(layer, q, k, v, mechanism) -> output; q, k, v and the output are [B, H, T, D], q and k not yet rotated."""
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, sink: SinkConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.n_head = layer, config.n_head
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model)  # rows: all of q, all of k, all of v
+        self.out = nn.Linear(config.d_model, config.d_model)
+        self.sink = sinks.build(sink, config)
+
+    def forward(self, x_BTC: Tensor, attend: Attend) -> Tensor:
+        B, T, C = x_BTC.shape
+        q, k, v = (
+            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # [B, H, T, D]
+            for part in self.qkv(x_BTC).chunk(3, dim=-1)
+        )
+        o_BHTD = attend(self.layer, q, k, v, self.sink)
+        mixed: Tensor = self.out(o_BHTD.to(v.dtype).transpose(1, 2).reshape(B, T, C))
+        return mixed
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.d_model, config.d_ff)
+        self.down = nn.Linear(config.d_ff, config.d_model)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        down: Tensor = self.down(F.gelu(self.up(x_BTC)))
+        return down
+
+
+class Block(nn.Module):
+    """x + attn(ln1 x) + mlp(ln2 x)."""
+
+    def __init__(self, config: ModelConfig, sink: SinkConfig, layer: int) -> None:
+        super().__init__()
+        self.parallel = config.parallel_residual
+        self.ln1 = nn.LayerNorm(config.d_model, config.layer_norm_eps)
+        self.ln2 = nn.LayerNorm(config.d_model, config.layer_norm_eps)
+        self.attn = Attention(config, sink, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTC: Tensor, attend: Attend) -> Tensor:
+        attended: Tensor = x_BTC + self.attn(self.ln1(x_BTC), attend)
+        out: Tensor = attended + self.mlp(self.ln2(x_BTC if self.parallel else attended))
+        return out
+
+
+class GPTNeoX(nn.Module):
+    """The language model: token ids [B, T] in, logits [B, T, V] out.
+
+    ``prefix_ids`` are the ids that the mechanism wants in front of a sample; the caller puts them there
+    (``sinkpretrain.data`` in training, ``sinkpretrain.streaming`` in evaluation). A ``seed`` of None leaves the weights
+    as torch makes them, for a caller that fills them in.
+
+    Raises:
+        UserError: the configuration's parts do not fit each other.
+    """
+
+    def __init__(self, config: ModelConfig, sink: SinkConfig | None = None, seed: int | None = 0) -> None:
+        super().__init__()
+        self.config = config = config.resolved()
+        self.sink_config = sink = sink or SinkConfig()
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, sink, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.d_model, config.layer_norm_eps)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        mechanism = sinks.build(sink, config)
+        self.prefix_ids = mechanism.prefix_ids(sinks.Vocabulary(config.tokenizer_size, config.vocab_size))
+        self.adds_column = mechanism.adds_column
+        if len(self.prefix_ids) >= config.context:
+            raise UserError(
+                f"{len(self.prefix_ids)} sink tokens leave no room for text in a context of {config.context} tokens."
+            )
+        if seed is not None:
+            self.init_weights(seed)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.hidden(ids_BT))
+        return logits
+
+    def hidden(self, ids_BT: Tensor, attend: Attend | None = None) -> Tensor:
+        """The normed last hidden state [B, T, C]; plain causal attention unless ``attend`` says otherwise."""
+        if attend is None:
+            attend = self.causal(ids_BT.shape[1], ids_BT.device)
+        x_BTC = self.embed(ids_BT)
+        for block in self.blocks:
+            x_BTC = block(x_BTC, attend)
+        normed: Tensor = self.ln_f(x_BTC)
+        return normed
+
+    def causal(self, length: int, device: torch.device) -> Attend:
+        """Causal attention over positions 0 .. length - 1, as in training."""
+        cos, sin = self.rope(torch.arange(length, device=device))
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> Tensor:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            return causal_attention(q, k, v, sink.column(q))
+
+        return attend
+
+    def rope(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        return rope_tables(positions_T, self.config.rotary_dim, self.config.rope_base)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """GPT-NeoX's initialisation: small_init N(0, sqrt(2 / 5d)) and, for the two output projections of a block,
+        wang_init N(0, 2 / (L sqrt(d))); biases 0. (Nguyen and Salazar 2019, arXiv 1910.05895; Wang's
+        mesh-transformer-jax.) Drawn on the CPU from ``seed`` alone, so that every mechanism and every device starts
+        from the same weights.
+        """
+        config = self.config
+        generator = torch.Generator().manual_seed(seed)
+        small = math.sqrt(2 / (5 * config.d_model))
+        wang = 2 / (config.n_layer * math.sqrt(config.d_model))
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding) and ".sink." not in name:
+                std = wang if name.endswith((".attn.out", ".mlp.down")) else small
+                drawn = torch.empty(module.weight.shape).normal_(0.0, std, generator=generator)
+                module.weight.copy_(drawn)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    module.bias.zero_()
+
+    def n_parameters(self, embeddings: bool = True) -> int:
+        """Number of parameters; without embeddings leaves out both vocabulary matrices, as Pythia's table does."""
+        total = sum(p.numel() for p in self.parameters())
+        return total if embeddings else total - self.embed.weight.numel() - self.head.weight.numel()
+
+    def flops_per_token(self) -> float:
+        """Floating-point operations of training on one token: 6 per weight of a matrix product, and the attention
+        products over half the context (Kaplan et al. 2020, arXiv 2001.08361, with the causal half counted)."""
+        c = self.config
+        matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return 6.0 * matrices + 6.0 * c.n_layer * c.d_model * c.context

@@ -1,0 +1,67 @@
+"""Progress of a long command: a live bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_SECONDS = 10.0
+"""How often a line is printed where no terminal can show a bar."""
+
+
+class ProgressBar:
+    """Counts up to ``total``; ``update`` shows where it stands and a short note such as the loss.
+
+    Written to stderr, so that a command's result can be piped.
+    """
+
+    def __init__(self, title: str, total: int, unit: str, enabled: bool = True) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done, self.note = 0, ""
+        self._enabled = enabled
+        self._started = self._printed = time.monotonic()
+        self._bar: Progress | None = None
+        if enabled and sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task(title, total=total, unit=unit, note="")
+
+    def __enter__(self) -> ProgressBar:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif kind is None:
+            self._line(final=True)
+
+    def update(self, done: int, note: str = "") -> None:
+        self.done, self.note = done, note or self.note
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, note=self.note)
+        else:
+            self._line()
+
+    def _line(self, final: bool = False) -> None:
+        now = time.monotonic()
+        if not self._enabled or (not final and now - self._printed < PLAIN_SECONDS):
+            return
+        self._printed = now
+        seconds = now - self._started
+        text = f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {seconds:.0f} s {self.note}"
+        print(text.rstrip(), file=sys.stderr, flush=True)

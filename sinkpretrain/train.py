@@ -1,0 +1,306 @@
+"""The composition root of training: one configuration becomes data, model, trainer and a run directory.
+
+The same command starts a run, continues an interrupted one, and says so when there is nothing left to do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+import uuid
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies import DDPStrategy
+
+from sinkpretrain import metrics, sinks
+from sinkpretrain.checkpoint import AtomicCheckpointIO, newest_checkpoint
+from sinkpretrain.config import RunConfig, load_yaml, save_yaml, to_dict
+from sinkpretrain.data import Batch, Samples, Stream, Tokens, open_data, training_order
+from sinkpretrain.errors import UserError
+from sinkpretrain.files import read_json, sha256_file, write_atomically, write_json
+from sinkpretrain.lit import PretrainModule
+from sinkpretrain.load import step_of
+from sinkpretrain.provenance import provenance
+from sinkpretrain.signals import StopRequest
+
+FREE_TO_CHANGE = ("out", "name", "log", "data.path", "data.validation_path")
+FREE_IN_TRAINING = ("steps", "micro_batch", "compile", "accelerator", "devices", "nodes", "deterministic")
+"""Settings that a resumed run may change: where and how fast it runs, how long, and what is logged. Whether moved data
+are the same data is decided by their hashes."""
+
+PROBE_SAMPLES, PROBE_TOKENS = 16, 256
+"""Validation samples, and their length at most, on which attention is measured while training."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a call of ``train`` ended.
+
+    step: optimizer steps behind the run's weights.
+    finished: whether that is all of them.
+    signal: the signal that asked to stop, if one did.
+    """
+
+    run: Path
+    step: int
+    finished: bool
+    signal: int | None = None
+
+
+def train(config: RunConfig) -> TrainResult:
+    """Train, or go on training, the run that a configuration describes.
+
+    Raises:
+        UserError: the configuration, the data and the run directory do not go together, or the disk is full.
+    """
+    tokens = open_data(config.data)
+    config = resolve(config, tokens)
+    run = Path(config.out)
+    if _rank() == 0:
+        claim(run, config, tokens)
+    checkpoint = newest_checkpoint(run)
+    done = step_of(checkpoint) if checkpoint else 0
+    if done >= config.training.steps:
+        print(f"{run} is finished: {done:,} steps. Raise training.steps to go on.")
+        return TrainResult(run, done, finished=True)
+    if _rank() == 0:
+        metrics.truncate(run, done if checkpoint else -1)
+        print(
+            f"{config.name}: {'resuming at step ' + format(done, ',') if checkpoint else 'training'} "
+            f"of {config.training.steps:,}, in {run}"
+        )
+    stop = StopRequest()
+    module, trainer = build(config, tokens, stop)
+    data = TokenData(config, tokens, module)
+    with warnings.catch_warnings():
+        for text in _EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message=text)
+        trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+    step = module.global_step
+    if trainer.is_global_zero and module.stopped_early:
+        print(f"stopped after step {step:,} of {config.training.steps:,}; the same command goes on from there.")
+    return TrainResult(run, step, step >= config.training.steps, stop.signal if module.stopped_early else None)
+
+
+_EXPECTED_WARNINGS = (
+    ".*does not have many workers.*",  # batches come from a thread of our own
+    ".*`training_step` returned `None`.*",
+    ".*There is a wandb run already in progress.*",
+    ".*is not supported as a LightningModule.*",
+)
+
+
+# --- configuration ------------------------------------------------------------------------------------------------
+
+
+def resolve(config: RunConfig, tokens: Tokens) -> RunConfig:
+    """Fill in what the data decide and check that the parts fit; raises UserError."""
+    known = None
+    if tokens.manifest is not None:
+        known = tokens.manifest.tokenizer_size
+        if config.model.tokenizer_size not in (0, known):
+            raise UserError(
+                f"model.tokenizer_size is {config.model.tokenizer_size}, but {config.data.path} was prepared with a "
+                f"tokenizer of {known} ids; use that tokenizer's size, or 0 to take it from the data."
+            )
+        if tokens.tokenizer and sha256_file(tokens.tokenizer) != tokens.manifest.tokenizer_sha256:
+            raise UserError(
+                f"{tokens.tokenizer} is not the tokenizer that the manifest names; restore it, or prepare the data "
+                "again."
+            )
+    model = config.model.resolved(known)
+    mechanism = sinks.build(config.sink, model)
+    mechanism.prefix_ids(sinks.Vocabulary(model.tokenizer_size, model.vocab_size))
+    name = config.name or (Path(config.out).name if config.out else sinks.label(config.sink))
+    world = world_size(config)
+    if config.data.batch_size < 1 or config.data.batch_size % world:
+        raise UserError(
+            f"data.batch_size {config.data.batch_size} does not divide over {world} processes; use a multiple."
+        )
+    if config.training.micro_batch < 1 or config.training.steps < 1:
+        raise UserError("training.micro_batch and training.steps must be at least 1.")
+    Samples(tokens.train, model, ())  # large enough?
+    return dataclasses.replace(config, model=model, name=name, out=config.out or f"runs/{name}")
+
+
+def accelerator(config: RunConfig) -> str:
+    """``cpu`` or ``cuda``; raises UserError if a GPU is asked for and there is none."""
+    wanted = config.training.accelerator
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("training.accelerator is cuda, but torch sees no GPU; use cpu or check the driver.")
+    return wanted if wanted != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _rank() -> int:
+    """Rank of this process as its launcher's environment says, known before any process group exists."""
+    return int(getattr(rank_zero_only, "rank", 0) or 0)
+
+
+def world_size(config: RunConfig) -> int:
+    per_node = config.training.devices or (torch.cuda.device_count() if accelerator(config) == "cuda" else 1)
+    return per_node * config.training.nodes
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Dotted names of the settings in which two resumable configurations differ, with both values."""
+    found = []
+    for field in dataclasses.fields(old):
+        name = f"{where}{field.name}"
+        a, b = getattr(old, field.name), getattr(new, field.name)
+        if name in FREE_TO_CHANGE or name in {f"training.{f}" for f in FREE_IN_TRAINING}:
+            continue
+        if dataclasses.is_dataclass(a):
+            found += differences(a, b, f"{name}.")
+        elif a != b:
+            found.append(f"{name} ({a!r} there, {b!r} here)")
+    return found
+
+
+# --- run directory ------------------------------------------------------------------------------------------------
+
+
+def claim(run: Path, config: RunConfig, tokens: Tokens) -> None:
+    """Make the run directory, or check that it belongs to this configuration and these data.
+
+    Raises:
+        UserError: it belongs to another one (the fields are named), or cannot be written.
+    """
+    config_file, about_file = run / "config.yaml", run / "run.json"
+    if config_file.is_file():
+        fields = differences(load_yaml(RunConfig, config_file), config)
+        if fields:
+            raise UserError(
+                f"{run} belongs to another configuration: {', '.join(fields)}; choose another --out, or restore "
+                "the setting."
+            )
+        about = read_json(about_file)
+        changed = [k for k, v in tokens.identity().items() if about["data"].get(k) != v]
+        if changed:
+            raise UserError(
+                f"{run} was trained on other data ({', '.join(changed)} differ); choose another --out, or restore "
+                "data.path."
+            )
+    elif run.is_dir() and any(run.iterdir()):
+        raise UserError(f"{run} holds something else than a run; choose another --out.")
+    else:
+        about = {"data": tokens.identity(), "wandb_id": uuid.uuid4().hex[:12]}
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the run directory {run}: {error.strerror}.") from error
+        write_json(about_file, about)
+        if tokens.tokenizer:
+            source = tokens.tokenizer
+            write_atomically(run / "tokenizer.json", lambda p: shutil.copyfile(source, p))
+    attempts = [*about.get("attempts", []), provenance("cuda" if accelerator(config) == "cuda" else "cpu")]
+    write_json(about_file, about | {"attempts": attempts})
+    # Last: a directory with a config.yaml is a complete run directory.
+    write_atomically(config_file, lambda p: save_yaml(config, p))
+
+
+# --- parts --------------------------------------------------------------------------------------------------------
+
+
+class TokenData(L.LightningDataModule):
+    """Batches of this process from the sample that the restored run has reached."""
+
+    def __init__(self, config: RunConfig, tokens: Tokens, module: PretrainModule) -> None:
+        super().__init__()
+        self.config, self.module = config, module
+        self.samples = Samples(tokens.train, config.model, module.model.prefix_ids)
+        self.order = training_order(config.data, self.samples)
+
+    def train_dataloader(self) -> Stream:
+        assert self.trainer is not None
+        return Stream(
+            samples=self.samples,
+            order=self.order,
+            batch_size=self.config.data.batch_size,
+            rank=self.trainer.global_rank,
+            world=self.trainer.world_size,
+            first_sample=self.module.samples_seen,
+            pin=self.trainer.strategy.root_device.type == "cuda",
+        )
+
+
+def build(config: RunConfig, tokens: Tokens, stop: StopRequest) -> tuple[PretrainModule, L.Trainer]:
+    """The module and the Lightning trainer that a resolved configuration describes."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    torch.set_float32_matmul_precision("highest" if config.training.precision == "32-true" else "high")
+    kind = accelerator(config)
+    world = world_size(config)
+    trainer = L.Trainer(
+        accelerator=kind,
+        devices=world // config.training.nodes,
+        num_nodes=config.training.nodes,
+        strategy=DDPStrategy(gradient_as_bucket_view=True) if world > 1 else "auto",
+        precision=config.training.precision,
+        max_steps=config.training.steps,
+        max_epochs=-1,
+        logger=_wandb(config) if config.log.wandb != "off" else False,
+        plugins=_plugins(),
+        deterministic=config.training.deterministic,
+        default_root_dir=config.out,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    module = PretrainModule(config, stop=stop)
+    if tokens.validation is not None:
+        held_out = Samples(tokens.validation, config.model, module.model.prefix_ids)
+        count = min(config.data.validation_samples, held_out.n_samples)
+        if count:
+            module.set_validation(lambda: validation_share(held_out, count, config, trainer), probe_ids(held_out))
+    return module, trainer
+
+
+def _plugins() -> list[Any]:
+    # Lightning's own requeueing saves from inside the signal handler, which can deadlock.
+    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    return [AtomicCheckpointIO(), *slurm]
+
+
+def validation_share(samples: Samples, count: int, config: RunConfig, trainer: L.Trainer) -> list[Batch]:
+    """This process's part of the fixed validation set (its first ``count`` samples), in micro-batches."""
+    import numpy as np
+
+    mine = np.arange(trainer.global_rank, count, trainer.world_size)
+    size = config.training.micro_batch
+    return [samples.batch(mine[i : i + size]) for i in range(0, len(mine), size)]
+
+
+def probe_ids(samples: Samples) -> torch.Tensor:
+    """Ids [B, T] of the first validation samples, cut to a length at which eager attention is cheap."""
+    import numpy as np
+
+    count = min(PROBE_SAMPLES, samples.n_samples)
+    return samples.batch(np.arange(count)).ids[:, :PROBE_TOKENS]
+
+
+def _wandb(config: RunConfig) -> WandbLogger:
+    """One wandb run across restarts: the same id; offline each attempt is a folder to sync with --append."""
+    identity = read_json(Path(config.out) / "run.json")["wandb_id"] if _rank() == 0 else None
+    if config.log.wandb == "offline":
+        os.environ.setdefault("WANDB_SILENT", "true")
+    return WandbLogger(
+        name=config.name,
+        project=config.log.wandb_project,
+        id=identity,
+        save_dir=config.out,
+        offline=config.log.wandb == "offline",
+        config=to_dict(config),
+        resume="allow" if config.log.wandb == "online" else None,
+    )

@@ -1,0 +1,47 @@
+"""Small models with peaked attention: a model at its initial weights attends almost evenly and hides mistakes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sinkpretrain.config import ModelConfig, SinkConfig
+from sinkpretrain.model import GPTNeoX
+
+TINY = ModelConfig(n_layer=3, d_model=64, n_head=4, vocab_size=128, tokenizer_size=96, context=64)
+
+MECHANISMS = {
+    "vanilla": SinkConfig("vanilla"),
+    "sink_tokens_1": SinkConfig("sink_tokens", {"n": 1}),
+    "sink_tokens_2": SinkConfig("sink_tokens", {"n": 2}),
+    "sink_tokens_4": SinkConfig("sink_tokens", {"n": 4}),
+    "fixed_first_token": SinkConfig("fixed_first_token", {"id": 3}),
+    "zero_sink": SinkConfig("zero_sink"),
+}
+
+
+def peaked(model: GPTNeoX, factor: float = 10.0, seed: int = 7) -> GPTNeoX:
+    """Scale query and key weights up so that attention is far from uniform, and give biases and norms values."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("attn.qkv.weight"):
+                p[: 2 * p.shape[1]] *= factor**0.5
+            if p.dim() == 1 and ".sink." not in name:
+                p += 0.1 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+@pytest.fixture
+def tiny() -> ModelConfig:
+    return TINY
+
+
+@pytest.fixture(params=list(MECHANISMS))
+def mechanism(request: pytest.FixtureRequest) -> SinkConfig:
+    return MECHANISMS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

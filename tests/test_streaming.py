@@ -1,0 +1,166 @@
+"""The blocked evaluator against the token loop, the loop against transformers and published numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, peaked
+
+from sinkpretrain.config import SinkConfig
+from sinkpretrain.errors import UserError
+from sinkpretrain.load import load_model
+from sinkpretrain.model import GPTNeoX
+from sinkpretrain.streaming import (
+    BandedAttention,
+    Cache,
+    dense_nll,
+    recompute_nll,
+    stream_nll,
+    token_loop_nll,
+)
+
+ORACLE = Path(__file__).parent / "oracle"
+CACHES = ["0+16", "1+15", "4+12", "2+40", "5+1"]
+
+
+def text(length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 96, length)
+
+
+@pytest.fixture
+def net(mechanism: SinkConfig) -> GPTNeoX:
+    return peaked(GPTNeoX(TINY, mechanism, seed=4)).eval()
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_blocks_equal_the_token_loop(net: GPTNeoX, cache: str) -> None:
+    ids = text(90)
+    want = token_loop_nll(net, ids, Cache.parse(cache))
+    for block in (1, 7, 30, 64, 1024):
+        if block == 1 and cache != "4+12":
+            continue
+        got = stream_nll(net, ids, Cache.parse(cache), block=block)
+        assert np.abs(got - want).max() < 1e-4, block
+
+
+def test_dropped_column(mechanism: SinkConfig) -> None:
+    """Leaving the +1 out at test time is another model for the zero sink and the same one for the others."""
+    net = peaked(GPTNeoX(TINY, mechanism, seed=4)).eval()
+    ids, cache = text(100), Cache(0, 16)
+    kept = stream_nll(net, ids, cache, block=32)
+    dropped = stream_nll(net, ids, cache, block=32, drop_column=True)
+    assert np.abs(dropped - token_loop_nll(net, ids, cache, drop_column=True)).max() < 1e-4
+    assert (np.abs(kept - dropped).max() > 1e-2) == (mechanism.mechanism == "zero_sink")
+
+
+def test_everything_cached_is_a_plain_forward(net: GPTNeoX) -> None:
+    ids = text(60)
+    sequence = torch.tensor([[*net.prefix_ids, *ids]])
+    logits = net(sequence)[0, len(net.prefix_ids) : -1]
+    want = F.cross_entropy(logits, torch.from_numpy(ids[1:]), reduction="none").detach().numpy()
+    assert np.abs(dense_nll(net, ids, block=17) - want).max() < 1e-4
+    assert np.abs(stream_nll(net, ids, Cache(4, 200), block=17) - want).max() < 1e-4
+
+
+def test_recompute_is_a_fresh_forward_per_token(net: GPTNeoX) -> None:
+    ids, window = text(60), 16
+    got = recompute_nll(net, ids, window, batch=5)
+    n = len(net.prefix_ids)
+    for i in (0, 3, window - n - 1, window - n, 30, 58):
+        recent = ids[max(0, i + 1 - (window - n)) : i + 1]
+        logits = net(torch.tensor([[*net.prefix_ids, *recent]]))[0, -1]
+        want = F.cross_entropy(logits, torch.tensor(ids[i + 1])).item()
+        assert got[i] == pytest.approx(want, abs=1e-4)
+
+
+def test_what_is_evicted_matters() -> None:
+    """Negative control: the settings that the tests above compare do give different numbers."""
+    net = peaked(GPTNeoX(TINY, seed=4)).eval()
+    ids = text(150)
+    results = [stream_nll(net, ids, Cache.parse(c)) for c in CACHES]
+    for i, a in enumerate(results):
+        for b in results[:i]:
+            assert np.abs(a - b).max() > 0.05
+
+
+def test_far_positions_stay_exact() -> None:
+    """Beyond any training length the band's angles are still exact: text shifted by blocks gives the same scores."""
+    net = peaked(GPTNeoX(TINY, seed=4)).eval()
+    ids = np.tile(text(64), 400)
+    nll = stream_nll(net, ids, Cache(0, 16), block=512)
+    period = 64
+    late = nll[390 * period : 391 * period]
+    assert np.abs(late - nll[20 * period : 21 * period]).max() < 1e-4
+
+
+def test_memory_does_not_grow_with_the_text() -> None:
+    net = GPTNeoX(TINY, seed=4).eval()
+    seen = []
+    attend = BandedAttention(net, Cache(2, 30))
+    for first in range(0, 64 * 20, 64):
+        net.hidden(torch.zeros(1, 64, dtype=torch.int64), attend.block(first, 64))
+        layer = attend.layers[0]
+        seen.append((layer.start_k.shape[2], layer.band_k.shape[2]))
+    assert set(seen) == {(2, 30)}
+
+
+@pytest.mark.parametrize("bad", ["4", "4+", "+4", "4+0", "a+b", "-1+4", "4,1020"])
+def test_bad_caches_are_refused(bad: str) -> None:
+    with pytest.raises(UserError, match="x\\+y"):
+        Cache.parse(bad)
+
+
+def test_non_finite_predictions_are_reported() -> None:
+    net = GPTNeoX(TINY, seed=4).eval()
+    with torch.no_grad():
+        net.embed.weight[5] = float("nan")
+    ids = np.array([1, 2, 3, 5, 4, 4])
+    with pytest.raises(UserError, match="near token 3;"):
+        stream_nll(net, ids, Cache(0, 1), block=2)
+    with pytest.raises(UserError, match="near token 4;"):
+        token_loop_nll(net, ids, Cache(0, 1))
+
+
+# --- the numbers of the authors' own evaluator ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def oracle() -> tuple[GPTNeoX, np.ndarray, dict[str, np.ndarray]]:
+    with np.load(ORACLE / "gpt_neox.npz") as file:
+        numbers = dict(file)
+    return load_model(ORACLE / "gpt_neox").model, np.load(ORACLE / "token_ids.npy"), numbers
+
+
+SETTINGS = [(0, 64), (1, 63), (4, 60), (4, 28), (4, 124)]
+
+
+@pytest.mark.parametrize(("start", "recent"), SETTINGS)
+def test_reference_evaluator(start: int, recent: int, oracle) -> None:
+    net, ids, numbers = oracle
+    got = stream_nll(net, ids, Cache(start, recent), block=256)
+    difference = got - numbers[f"nll_start{start}_recent{recent}"]
+    assert np.abs(difference).max() < 1e-4
+    assert abs(difference.mean()) < 1e-5
+
+
+def test_reference_dense_and_recompute(oracle) -> None:
+    net, ids, numbers = oracle
+    assert np.abs(dense_nll(net, ids) - numbers["nll_dense"]).max() < 1e-4
+    assert np.abs(recompute_nll(net, ids, 64, batch=64) - numbers["nll_recompute64"]).max() < 1e-4
+
+
+def test_reference_without_position_shift_is_another_answer(oracle) -> None:
+    """Negative control: eviction without in-cache positions is far outside the tolerance."""
+    net, ids, numbers = oracle
+    got = stream_nll(net, ids, Cache(4, 60))
+    assert np.abs(got - numbers["nll_start4_recent60_noshift"]).max() > 0.1
+
+
+def test_reference_token_loop(oracle) -> None:
+    net, ids, numbers = oracle
+    difference = token_loop_nll(net, ids[:400], Cache(4, 60)) - numbers["nll_start4_recent60"][:399]
+    assert np.abs(difference).max() < 1e-4
