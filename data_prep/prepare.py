@@ -30,11 +30,11 @@ from data_prep.tokenizer import (
     training_size,
 )
 from sinkpretrain.errors import UserError
+from sinkpretrain.files import write_bytes
 from sinkpretrain.tokens import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
     Manifest,
-    write_atomically,
 )
 
 TRAINING_CHARACTERS = 50_000_000  # sample that a tokenizer is trained on
@@ -102,9 +102,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     hub = HubOptions(config.split, config.subset, config.revision, config.streaming)
     sources = [(TRAIN, resolve(name, config.column, hub)) for name in config.source]
     validation_hub = replace(hub, split=VALIDATION)
-    sources += [
-        (VALIDATION, resolve(name, config.column, validation_hub)) for name in config.validation_source
-    ]
+    sources += [(VALIDATION, resolve(name, config.column, validation_hub)) for name in config.validation_source]
     given = load_tokenizer(config.tokenizer) if config.tokenizer else None
     eod_id = given.eod_id(config.eod_token) if given else None
     settings = _settings(config, sources, given, eod_id)
@@ -121,9 +119,7 @@ def prepare(config: PrepareConfig) -> Manifest:
             print(f"{out} is already prepared with these settings.", file=sys.stderr)
             return manifest
     elif (out / "train.bin").exists() and not shards.exists() and not config.overwrite:
-        raise UserError(
-            f"{out} holds a train.bin of unknown origin: choose another --out or give --overwrite."
-        )
+        raise UserError(f"{out} holds a train.bin of unknown origin: choose another --out or give --overwrite.")
 
     shards.mkdir(parents=True, exist_ok=True)
     with _locked(shards):
@@ -175,8 +171,7 @@ def describe(manifest: Manifest) -> str:
             record.skipped_documents
         )
         lines.append(
-            f"{name:<11}{record.tokens:>16,} tokens in {record.documents:,} documents{skipped}   "
-            f"{name}.bin, {name}.idx"
+            f"{name:<11}{record.tokens:>16,} tokens in {record.documents:,} documents{skipped}   {name}.bin, {name}.idx"
         )
     size, eod = manifest.tokenizer_size, manifest.eod_id
     lines.append(f"tokenizer  {size:>16,} ids, end of document is {eod}   {TOKENIZER_NAME}")
@@ -196,9 +191,7 @@ def _check(config: PrepareConfig) -> None:
     if config.train_tokenizer:
         training_size(config.train_tokenizer)
     if not 0 <= config.validation_fraction < 1:
-        raise UserError(
-            f"validation_fraction {config.validation_fraction} is not in [0, 1): choose say 0.005."
-        )
+        raise UserError(f"validation_fraction {config.validation_fraction} is not in [0, 1): choose say 0.005.")
     for name, least in (("workers", 0), ("shard_tokens", 1), ("limit_documents", 0)):
         if getattr(config, name) < least:
             raise UserError(f"{name} {getattr(config, name)} is too small: choose {least} or more.")
@@ -259,7 +252,7 @@ def _open_record(shards: Path, settings: dict[str, Any], overwrite: bool) -> Non
                 shutil.rmtree(file)
             elif file.name != _LOCK:
                 file.unlink()
-    write_atomically(path, json.dumps(settings).encode())
+    write_bytes(path, json.dumps(settings).encode())
 
 
 @contextlib.contextmanager
@@ -269,21 +262,17 @@ def _locked(shards: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(
-                f"another run is preparing {shards.parent}: wait or choose another --out."
-            ) from error
+            raise UserError(f"another run is preparing {shards.parent}: wait or choose another --out.") from error
         yield
 
 
-def _trained_tokenizer(
-    config: PrepareConfig, sources: list[tuple[str, Source]], shards: Path
-) -> TokenizerFile:
+def _trained_tokenizer(config: PrepareConfig, sources: list[tuple[str, Source]], shards: Path) -> TokenizerFile:
     path = shards / TOKENIZER_NAME
     if not path.is_file():
         assert config.train_tokenizer
         units = [unit for role, source in sources if role == TRAIN for unit in source.units]
         print(f"training a {config.train_tokenizer} tokenizer", file=sys.stderr)
-        write_atomically(path, train_tokenizer(config.train_tokenizer, _sample(units)).content)
+        write_bytes(path, train_tokenizer(config.train_tokenizer, _sample(units)).content)
     return TokenizerFile(path.read_bytes())
 
 
@@ -360,5 +349,5 @@ def _publish(manifest: Manifest, merged: Path, out: Path, tokenizer: TokenizerFi
         for suffix in (".bin", ".idx"):
             if split in manifest.splits:
                 (merged / (split + suffix)).replace(out / (split + suffix))
-    write_atomically(out / TOKENIZER_NAME, tokenizer.content)
+    write_bytes(out / TOKENIZER_NAME, tokenizer.content)
     manifest.save(out)

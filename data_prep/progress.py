@@ -42,9 +42,7 @@ class Progress:
         self._tokens += new_tokens
         now = time.monotonic()
         self._seconds = now - self._start
-        text = (
-            f"{documents:,} documents  {self._tokens:,} tokens  {self._tokens / self._seconds:,.0f} tokens/s"
-        )
+        text = f"{documents:,} documents  {self._tokens:,} tokens  {self._tokens / self._seconds:,.0f} tokens/s"
         self._bar.update(self._task, description=text, completed=bytes_read)
         if self._bar.disable and now - self._last_line >= _SECONDS_BETWEEN_LINES:
             share = f"  {100 * bytes_read / self._n_bytes:.0f} %" if self._n_bytes else ""

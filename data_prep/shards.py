@@ -9,7 +9,8 @@ import numpy as np
 from data_prep.batches import Batch, Position
 from data_prep.tokenizer import EncodedBatch
 from sinkpretrain.errors import UserError
-from sinkpretrain.tokens import SplitRecord, TokenFile, TokenWriter, summarise, write_atomically
+from sinkpretrain.files import write_bytes
+from sinkpretrain.tokens import SplitRecord, TokenFile, TokenWriter, summarise
 
 TRAIN, VALIDATION = "train", "validation"
 SPLITS = (TRAIN, VALIDATION)
@@ -43,9 +44,7 @@ class Shard:
         record: of the shard before
     """
 
-    def __init__(
-        self, folder: Path, number: int, vocab_size: int, fraction: float, record: ShardRecord
-    ) -> None:
+    def __init__(self, folder: Path, number: int, vocab_size: int, fraction: float, record: ShardRecord) -> None:
         self.number = number
         self.record = record
         self._folder = folder
@@ -83,7 +82,7 @@ class Shard:
         for writer in self._writers.values():
             writer.close()
         record = json.dumps(asdict(self.record)).encode()
-        write_atomically(_record_path(self._folder, self.number), record)
+        write_bytes(_record_path(self._folder, self.number), record)
 
     def following(self) -> "Shard":
         """The next shard, to be opened once this one is committed."""
@@ -112,9 +111,7 @@ def complete_shards(folder: Path) -> list[ShardRecord]:
     return records
 
 
-def merge(
-    shards: Path, vocab_size: int, eod_id: int, fallback_fraction: float
-) -> tuple[Path, dict[str, SplitRecord]]:
+def merge(shards: Path, vocab_size: int, eod_id: int, fallback_fraction: float) -> tuple[Path, dict[str, SplitRecord]]:
     """Join the shards into one pair per split, still inside the shards folder; bounded memory.
 
     Args:
@@ -130,9 +127,7 @@ def merge(
         UserError: there is no document, none for training, or the disk is full.
     """
     records = complete_shards(shards)
-    files = {
-        split: [TokenFile.open(_shard(shards, n, split)) for n in range(len(records))] for split in SPLITS
-    }
+    files = {split: [TokenFile.open(_shard(shards, n, split)) for n in range(len(records))] for split in SPLITS}
     n_documents = {split: sum(file.n_documents for file in files[split]) for split in SPLITS}
     if not n_documents[TRAIN] + n_documents[VALIDATION]:
         raise UserError("the source holds no document of two tokens or more: check --source and --column.")

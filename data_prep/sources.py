@@ -94,9 +94,7 @@ def resolve(source: str, column: str, hub: HubOptions) -> Source:
         return _file_source(source, files, column)
     if _HUB_NAME.fullmatch(source) and not source.endswith(FORMATS + COMPRESSIONS):
         return _hub_source(source, column, hub)
-    raise UserError(
-        f"source {source} matches no file: give files, a folder, a glob or the name of a Hub data set."
-    )
+    raise UserError(f"source {source} matches no file: give files, a folder, a glob or the name of a Hub data set.")
 
 
 @dataclass(frozen=True)
@@ -164,9 +162,7 @@ class FileUnit:
 
     def _text(self, value: Any, where: str) -> str:
         if not isinstance(value, dict):
-            raise UserError(
-                f"{self.path}, {where}: expected an object with {self.column!r}, found {value!r:.40}."
-            )
+            raise UserError(f"{self.path}, {where}: expected an object with {self.column!r}, found {value!r:.40}.")
         if self.column not in value:
             raise _missing_column(f"{self.path}, {where}", self.column, list(value))
         return _as_text(value[self.column], self.column, f"{self.path}, {where}")
@@ -272,11 +268,7 @@ def _find_files(source: str) -> list[tuple[str, Path]]:
         if not found:
             raise UserError(f"folder {source} holds no {', '.join(FORMATS)} file: check the path.")
         return [(file.relative_to(path).as_posix(), file) for file in found]
-    return [
-        (Path(match).name, Path(match))
-        for match in sorted(glob.glob(source, recursive=True))
-        if _is_file(match)
-    ]
+    return [(Path(match).name, Path(match)) for match in sorted(glob.glob(source, recursive=True)) if _is_file(match)]
 
 
 def _prune_hidden(folders: list[str]) -> bool:
@@ -388,16 +380,12 @@ def _as_text(value: Any, column: str, where: str) -> str:
     if value is None:
         return ""  # counted among the empty documents
     if not isinstance(value, str):
-        raise UserError(
-            f"{where}: column {column!r} holds {type(value).__name__}, not text; choose with --column."
-        )
+        raise UserError(f"{where}: column {column!r} holds {type(value).__name__}, not text; choose with --column.")
     return value
 
 
 def _missing_column(where: str, column: str, present: list[str]) -> UserError:
-    return UserError(
-        f"{where}: no column {column!r}, only {', '.join(map(repr, present))}; choose with --column."
-    )
+    return UserError(f"{where}: no column {column!r}, only {', '.join(map(repr, present))}; choose with --column.")
 
 
 @contextlib.contextmanager
@@ -409,6 +397,4 @@ def _readable(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except faults as error:
-        raise UserError(
-            f"{path} is unreadable or damaged ({error}): copy it again or leave it out."
-        ) from error
+        raise UserError(f"{path} is unreadable or damaged ({error}): copy it again or leave it out.") from error

@@ -70,9 +70,7 @@ class TokenizerFile:
             if id_ is not None:
                 return int(id_)
         if eod_token:
-            raise UserError(
-                f"the tokenizer has no token {eod_token!r}: name one of its tokens with --eod_token."
-            )
+            raise UserError(f"the tokenizer has no token {eod_token!r}: name one of its tokens with --eod_token.")
         raise UserError(
             f"the tokenizer has no end-of-document token (neither {END_OF_TEXT} nor an eos token): "
             "name one of its tokens with --eod_token."
@@ -91,9 +89,7 @@ def load_tokenizer(name: str) -> TokenizerFile:
     elif (path / "tokenizer.json").is_file():
         loaded = TokenizerFile((path / "tokenizer.json").read_bytes(), _folder_eos(path))
     elif path.suffix == ".json" or path.is_absolute():
-        raise UserError(
-            f"tokenizer {name} does not exist: give a tokenizer.json, its folder, or a name on the Hub."
-        )
+        raise UserError(f"tokenizer {name} does not exist: give a tokenizer.json, its folder, or a name on the Hub.")
     else:
         loaded = _hub_tokenizer(name)
     try:
@@ -131,9 +127,7 @@ def training_size(spec: str) -> int:
     """Vocabulary size that a "bpe:<number>" asks for; UserError where it is something else."""
     kind, _, number = spec.partition(":")
     if kind != "bpe" or not number.isdecimal() or int(number) < 257:
-        raise UserError(
-            f"train_tokenizer {spec!r} is not bpe:<number of ids, 257 or more>: use for example bpe:4096."
-        )
+        raise UserError(f"train_tokenizer {spec!r} is not bpe:<number of ids, 257 or more>: use for example bpe:4096.")
     return int(number)
 
 

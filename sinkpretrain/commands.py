@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from sinkpretrain.errors import UserError
 class Parser(jsonargparse.ArgumentParser):
     """jsonargparse with flags spelt with dashes, and mistakes raised as one sentence instead of a usage text."""
 
+    list_flags: tuple[str, ...] = ()
+
     def __init__(self, command: str, **kwargs: Any) -> None:
         super().__init__(prog=f"sinkpretrain {command}", exit_on_error=False, default_env=False, **kwargs)
 
@@ -27,7 +30,7 @@ class Parser(jsonargparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """The values of the flags as plain nested data; raises UserError."""
-        arguments = [_underscored(a) for a in argv]
+        arguments = self._gathered([_underscored(a) for a in argv])
         known = {o for action in self._actions for o in action.option_strings}
         for argument in arguments:
             name = argument.partition("=")[0]
@@ -42,6 +45,29 @@ class Parser(jsonargparse.ArgumentParser):
             raise UserError(_one_sentence(str(error))) from error
         return values
 
+    def _gathered(self, arguments: list[str]) -> list[str]:
+        """What users write and jsonargparse does not take: ``--source a b`` for lists, ``--overwrite`` for true."""
+        lists: dict[str, list[str]] = {name: [] for name in self.list_flags}
+        switches = {o for a in self._actions if getattr(a, "_typehint", None) is bool for o in a.option_strings}
+        rest, current = [], None
+        for argument, after in zip(arguments, [*arguments[1:], "--"], strict=True):
+            if argument in switches and after.startswith("--"):
+                rest.append(f"{argument}=true")
+                current = None
+                continue
+            name, equals, value = argument.partition("=")
+            if argument.startswith("--"):
+                current = name if name in lists else None
+                if current and equals:
+                    lists[name].append(value)
+                elif not current:
+                    rest.append(argument)
+            elif current:
+                lists[current].append(argument)
+            else:
+                rest.append(argument)
+        return rest + [a for name, values in lists.items() if values for a in (name, json.dumps(values))]
+
     @staticmethod
     def _open_ended(name: str, known: set[str]) -> bool:
         """``--sink.options.n`` is a key of the open mapping ``--sink.options``."""
@@ -54,7 +80,16 @@ def _underscored(argument: str) -> str:
 
 
 def _one_sentence(text: str) -> str:
-    """jsonargparse explains over several lines; the first that names the setting and the last that says why."""
+    """jsonargparse explains over several lines; the first names the setting and the last says why."""
+    wrong = re.search(
+        r"key \"([\w.]+)\".*Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.+?)\])\. Got value: (.*)",
+        text,
+        re.DOTALL,
+    )
+    if wrong:
+        flag, kind, choices, value = wrong.groups()
+        wanted = kind or f"one of {choices}"
+        return f"--{flag.replace('_', '-')} must be {wanted}, not {value.strip()!r}."
     lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")]
     return " ".join(dict.fromkeys((lines[0], lines[-1]))).rstrip(".") + "; see --help." if lines else text
 
@@ -76,6 +111,7 @@ def prepare(argv: Sequence[str]) -> int:
 
     parser = Parser("prepare", description="Text in, packed tokens out (Megatron/GPT-NeoX .bin/.idx and a manifest).")
     parser.add_class_arguments(PrepareConfig)
+    parser.list_flags = ("--source", "--validation_source")
     parser.add_argument("--verify", type=str, help="check a prepared folder against its manifest instead")
     if argv and argv[0].startswith("--verify"):
         folder = argv[0].partition("=")[2] or (argv[1] if len(argv) > 1 else "")

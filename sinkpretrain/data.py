@@ -6,6 +6,7 @@ whatever the number of processes.
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
 from collections.abc import Iterator
@@ -223,7 +224,9 @@ class Tokens:
     def identity(self) -> dict[str, str | int]:
         """What must be the same for two runs to have seen the same data."""
         about: dict[str, str | int] = {"train_tokens": self.train.n_tokens}
-        if self.manifest is not None:
+        if self.manifest is None:
+            about["train_fingerprint"] = fingerprint(self.train)
+        else:
             about |= {
                 "train_sha256": self.manifest.data_hash("train"),
                 "tokenizer": self.manifest.tokenizer_sha256,
@@ -231,6 +234,12 @@ class Tokens:
             if self.validation is not None:
                 about["validation_sha256"] = self.manifest.data_hash("validation")
         return about
+
+
+def fingerprint(file: TokenFile) -> str:
+    """Hash of some 64,000 ids spread evenly over a file without a manifest: tells data apart without reading 100 GB."""
+    places = np.linspace(0, file.n_tokens - 1, min(file.n_tokens, 1 << 16)).astype(np.int64)
+    return hashlib.sha256(file.tokens[places].astype("<i8").tobytes()).hexdigest()
 
 
 def open_data(config: DataConfig) -> Tokens:

@@ -159,6 +159,8 @@ def stream(
         raise UserError("--device cuda was asked for, but torch sees no GPU; use --device cpu.")
     if block < 1 or batch < 1:
         raise UserError("--block and --batch must be at least 1.")
+    # float32 means float32: no tf32 products, whatever ran in this process before.
+    torch.set_float32_matmul_precision("highest")
     net = loaded.model.to(where, DTYPES[dtype])
     folder = Path(out)
     results = open_results(folder, loaded, about_tokens)

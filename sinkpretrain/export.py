@@ -95,13 +95,9 @@ def export(
         temporary.rename(out)
     except Exception as error:
         if out_of_space(error):
-            raise UserError(
-                f"cannot write {out}: the disk is full; free some space and export again."
-            ) from error
+            raise UserError(f"cannot write {out}: the disk is full; free some space and export again.") from error
         if isinstance(error, PermissionError):
-            raise UserError(
-                f"cannot write {out}: permission denied; choose a folder you can write to."
-            ) from error
+            raise UserError(f"cannot write {out}: permission denied; choose a folder you can write to.") from error
         raise
     finally:
         if old.exists() and not out.exists():
@@ -167,9 +163,7 @@ def _prepending_tokenizer(loaded: LoadedModel) -> Any:
             f"the tokenizer {loaded.tokenizer} has ids up to {size - 1} but the model's vocabulary ends at "
             f"{config.vocab_size - 1}; put the tokenizer of its training data there."
         )
-    if (
-        not prefix or tokenizer.encode("").ids == prefix
-    ):  # nothing to do, or an exported folder exported again
+    if not prefix or tokenizer.encode("").ids == prefix:  # nothing to do, or an exported folder exported again
         return tokenizer
     added = [f"<|sink_{n}|>" for n, i in enumerate(prefix) if i >= config.tokenizer_size]
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in added])
@@ -363,9 +357,7 @@ def _verify(folder: Path, loaded: LoadedModel) -> float:
     if loaded.tokenizer:
         samples.append(_verify_tokenizer(folder, loaded, loaded.tokenizer)[:, :length])
     # max() passes over a NaN, so differences are compared one by one.
-    differences: list[float] = [
-        (ours(ids) - theirs(input_ids=ids).logits).abs().max().item() for ids in samples
-    ]
+    differences: list[float] = [(ours(ids) - theirs(input_ids=ids).logits).abs().max().item() for ids in samples]
     for difference in differences:
         if not difference <= TOLERANCE:
             raise VerificationError(
@@ -374,9 +366,7 @@ def _verify(folder: Path, loaded: LoadedModel) -> float:
             )
     back = load_model(folder).model
     if (back.config, back.sink_config) != (ours.config, ours.sink_config):
-        raise VerificationError(
-            "the exported folder loads as another model than the original; nothing was written."
-        )
+        raise VerificationError("the exported folder loads as another model than the original; nothing was written.")
     return max(differences)
 
 

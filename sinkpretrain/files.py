@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +32,37 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         UserError: the disk is full or not writable.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        # Some writers (safetensors) leave files that only their owner can read; colleagues on a cluster need them.
-        temporary.chmod(0o666 & ~_UMASK)
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with disk_faults(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            # Some writers (safetensors) leave files that only their owner can read; colleagues on a cluster need them.
+            temporary.chmod(0o666 & ~_UMASK)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def disk_faults(path: Path) -> Iterator[None]:
+    """Turn what a user can mend while ``path`` is written, a full disk or missing permission, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
     except Exception as error:
         if out_of_space(error):
             raise UserError(
@@ -54,8 +72,6 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         if isinstance(error, PermissionError):
             raise UserError(f"cannot write {path}: permission denied; choose a folder you can write to.") from error
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def out_of_space(error: BaseException) -> bool:
@@ -63,6 +79,11 @@ def out_of_space(error: BaseException) -> bool:
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     texts = ("No space left", "file write failed", "unexpected pos", "Disk quota", "File too large")
     return getattr(error, "errno", None) in codes or any(t in str(error) for t in texts)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a small file atomically."""
+    write_atomically(path, lambda p: p.write_bytes(content))
 
 
 def write_json(path: Path, data: Any) -> None:

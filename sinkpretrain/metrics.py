@@ -7,23 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sinkpretrain.errors import UserError
-from sinkpretrain.files import out_of_space, write_atomically
+from sinkpretrain.files import disk_faults, write_atomically
 
 FILE = "metrics.jsonl"
 
 
 def append(run: Path, lines: list[dict[str, Any]]) -> None:
     """Append lines, each with ``kind`` (train, validation, probe) and ``step``; raises UserError on a full disk."""
-    try:
-        with (run / FILE).open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
-    except OSError as error:
-        if not out_of_space(error):
-            raise
-        raise UserError(
-            f"cannot write {run / FILE}: the disk is full; free some space and give the same command again."
-        ) from error
+    with disk_faults(run / FILE), (run / FILE).open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read(run: Path) -> Iterator[dict[str, Any]]:

@@ -16,12 +16,11 @@ pre-shuffled files hold rows of 2,049 tokens, each of them one training sample.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +32,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sinkpretrain import __version__
 from sinkpretrain.errors import UserError
+from sinkpretrain.files import disk_faults, sha256_file, sync_folder, write_bytes
 
 MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
@@ -53,7 +53,6 @@ _DTYPES: dict[int, type[np.number[Any]]] = {
 }
 _UINT16_VOCABULARY = 65_500  # Megatron's threshold: below it token ids are stored in two bytes
 _CHUNK = 1 << 20  # elements handled at once wherever a whole file is walked, so that memory stays flat
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +84,7 @@ class TokenFile:
         bin_path, idx_path = _pair(prefix)
         for path in (idx_path, bin_path):
             if not path.is_file():
-                raise UserError(
-                    f"token file {path} does not exist: give the path of a .bin/.idx pair, or run prepare."
-                )
+                raise UserError(f"token file {path} does not exist: give the path of a .bin/.idx pair, or run prepare.")
         dtype, sizes, pointers, doc_idx = _map_index(idx_path)
         n_bytes = bin_path.stat().st_size
         # The last sequence ends where the file ends: this one comparison catches a truncated .bin without
@@ -149,9 +146,7 @@ class TokenFile:
         if not len(indices):
             return np.empty((0, context + 1), dtype=np.int64)
         if indices.min() < 0 or indices.max() >= n_samples:
-            raise IndexError(
-                f"sample indices {indices.min()} .. {indices.max()} of {n_samples} in {self.prefix}"
-            )
+            raise IndexError(f"sample indices {indices.min()} .. {indices.max()} of {n_samples} in {self.prefix}")
         stride = context + 1 if self.row_length() == context + 1 else context
         windows = np.lib.stride_tricks.sliding_window_view(self.tokens, context + 1)[::stride]
         return np.asarray(windows[indices], dtype=np.int64)
@@ -169,9 +164,7 @@ class TokenFile:
             return starts
         doc_idx = np.asarray(self.doc_idx)
         if doc_idx[0] < 0 or doc_idx[-1] > len(self.sizes) or (np.diff(doc_idx) < 0).any():
-            raise UserError(
-                f"{_pair(self.prefix)[1]} has a document index outside the file: prepare it again."
-            )
+            raise UserError(f"{_pair(self.prefix)[1]} has a document index outside the file: prepare it again.")
         return starts[doc_idx]
 
 
@@ -198,7 +191,7 @@ class TokenWriter:
         self._open_tokens = 0  # of the document that `extend` has begun
         self._temporaries = [path.with_name(path.name + ".tmp") for path in _pair(self.prefix)]
         self._files: list[IO[bytes]] = []
-        with _disk_faults(self.prefix):
+        with disk_faults(self.prefix):
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
             self._files = [path.open("w+b", buffering=_CHUNK) for path in self._temporaries]
             self._idx.write(bytes(_HEADER.size))  # filled in at close, when the counts are known
@@ -254,7 +247,7 @@ class TokenWriter:
         assert not self._open_tokens, "a document begun with extend is still open"
         bin_path, idx_path = _pair(self.prefix)
         try:
-            with _disk_faults(self.prefix):
+            with disk_faults(self.prefix):
                 self._finish_index()
                 for file in self._files:
                     file.flush()
@@ -289,9 +282,7 @@ class TokenWriter:
 
     def _append_tokens(self, ids: ArrayLike, expected: int | None = None) -> int:
         array = np.asarray(ids)
-        assert expected is None or len(array) == expected, (
-            f"{len(array)} tokens given, sizes sum to {expected}"
-        )
+        assert expected is None or len(array) == expected, f"{len(array)} tokens given, sizes sum to {expected}"
         if len(array) == 0:
             return 0
         low, high = int(array.min()), int(array.max())
@@ -300,17 +291,15 @@ class TokenWriter:
                 f"token id {high if low >= 0 else low} is outside the vocabulary of {self._vocab_size} ids "
                 f"while writing {self.prefix}.bin: check that the tokenizer is the right one."
             )
-        with _disk_faults(self.prefix):
+        with disk_faults(self.prefix):
             self._bin.write(np.ascontiguousarray(array, dtype=self.dtype).data)
         self.n_tokens += len(array)
         return len(array)
 
     def _append_sizes(self, sizes: NDArray[np.integer[Any]]) -> None:
         if len(sizes) and sizes.max() > np.iinfo(np.int32).max:
-            raise UserError(
-                f"a document of {sizes.max()} tokens exceeds the .idx format (2**31 - 1): split it."
-            )
-        with _disk_faults(self.prefix):
+            raise UserError(f"a document of {sizes.max()} tokens exceeds the .idx format (2**31 - 1): split it.")
+        with disk_faults(self.prefix):
             self._idx.write(sizes.astype("<i4").data)
         self.n_documents += len(sizes)
 
@@ -388,9 +377,7 @@ class Manifest:
         """
         path = Path(directory) / MANIFEST_NAME
         if not path.is_file():
-            raise UserError(
-                f"{directory} has no {MANIFEST_NAME}: run prepare to make a folder of packed tokens."
-            )
+            raise UserError(f"{directory} has no {MANIFEST_NAME}: run prepare to make a folder of packed tokens.")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             version = raw["format_version"]
@@ -412,7 +399,7 @@ class Manifest:
         stored = asdict(self)
         del stored["tokens_per_second"]
         text = json.dumps(stored, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(Path(directory) / MANIFEST_NAME, text.encode())
+        write_bytes(Path(directory) / MANIFEST_NAME, text.encode())
 
     def data_hash(self, split: str) -> str:
         """One sha256 for the content of a split: ids and sequence boundaries."""
@@ -427,9 +414,7 @@ class Manifest:
         """
         if name not in self.splits:
             known = ", ".join(self.splits)
-            raise UserError(
-                f"the packed tokens have no split {name!r}, only {known}: choose one or prepare it."
-            )
+            raise UserError(f"the packed tokens have no split {name!r}, only {known}: choose one or prepare it.")
         return self.splits[name]
 
 
@@ -448,9 +433,7 @@ def open_split(directory: Path | str, split: str) -> TokenFile:
             "run prepare again."
         )
     if int(file.sizes.sum(dtype=np.int64)) != file.n_tokens:
-        raise UserError(
-            f"{file.prefix}.idx has sizes that do not sum to the length of .bin: run prepare again."
-        )
+        raise UserError(f"{file.prefix}.idx has sizes that do not sum to the length of .bin: run prepare again.")
     return file
 
 
@@ -498,52 +481,6 @@ def summarise(file: TokenFile, eod_id: int, skipped_documents: int) -> SplitReco
     )
 
 
-def sha256_file(path: Path | str) -> str:
-    """Hexadecimal sha256 of a file."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a small file so that a reader finds the old content or the new, never a part.
-
-    Raises:
-        UserError: the disk is full.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with _disk_faults(path), temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _disk_faults(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise UserError(
-                f"the disk is full while writing {path}: free some space and run the same command again."
-            ) from error
-        raise
-
-
 def _without_suffix(path: Path) -> Path:
     return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
 
@@ -566,16 +503,12 @@ def _map_index(
     with path.open("rb") as file:
         header = file.read(_HEADER.size)
     if not header.startswith(MAGIC):
-        raise UserError(
-            f"{path} does not begin like a Megatron/GPT-NeoX .idx file: give the path of such a pair."
-        )
+        raise UserError(f"{path} does not begin like a Megatron/GPT-NeoX .idx file: give the path of such a pair.")
     if len(header) < _HEADER.size:
         raise UserError(f"{path} is truncated inside its header: copy or prepare it again.")
     _, version, code, n_sequences, n_entries = _HEADER.unpack(header)
     if version != INDEX_VERSION:
-        raise UserError(
-            f"{path} has .idx version {version} and only {INDEX_VERSION} is known: convert the file."
-        )
+        raise UserError(f"{path} has .idx version {version} and only {INDEX_VERSION} is known: convert the file.")
     if code not in _DTYPES or not issubclass(_DTYPES[code], np.integer):
         raise UserError(f"{path} has dtype code {code}, which is no integer type: prepare the tokens again.")
     pointers_at = _HEADER.size + 4 * n_sequences

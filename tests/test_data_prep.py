@@ -1,5 +1,6 @@
 """Preparation end to end: the same bytes whatever the workers, the interruptions and the form of the text."""
 
+import contextlib
 import gzip
 import json
 import lzma
@@ -139,9 +140,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(
-    ("number", "workers"), [(signal.SIGKILL, 2), (signal.SIGINT, 2), (signal.SIGKILL, 1)]
-)
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGKILL, 2), (signal.SIGINT, 2), (signal.SIGKILL, 1)])
 def test_killed_and_restarted_gives_the_same_bytes(
     tmp_path: Path,
     configure: Callable[..., PrepareConfig],
@@ -150,9 +149,7 @@ def test_killed_and_restarted_gives_the_same_bytes(
     number: signal.Signals,
     workers: int,
 ) -> None:
-    monkeypatch.setattr(
-        batches, "BATCH_CHARACTERS", 2000
-    )  # as in the script, where many batches are in flight
+    monkeypatch.setattr(batches, "BATCH_CHARACTERS", 2000)  # as in the script, where many batches are in flight
     corpus = write_jsonl(tmp_path / "large.jsonl", make_texts(1500, seed=2))
     undisturbed = configure(corpus, out="undisturbed")
     prepare(undisturbed)
@@ -190,11 +187,12 @@ def test_killed_and_restarted_gives_the_same_bytes(
 
 def alive_in_group(group: int) -> bool:
     """Whether a process of the group still runs; one that is dead and merely not reaped does not count."""
-    listing = subprocess.run(
-        ["ps", "-A", "-o", "pgid=,stat="], capture_output=True, text=True, check=True
-    ).stdout
-    lines = [line.split() for line in listing.splitlines()]
-    return any(int(pgid) == group and not state.startswith("Z") for pgid, state in lines)
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it may end while we look
+            state, _, pgid = path.read_text().rpartition(")")[2].split()[:3]
+            if int(pgid) == group and state != "Z":
+                return True
+    return False
 
 
 def test_repeated_changed_and_overwritten(
@@ -252,7 +250,7 @@ def test_a_full_disk_keeps_the_finished_shards(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, limits[1]))  # shards fit, the merged file does not
     try:
-        with pytest.raises(UserError, match="the disk is full while writing"):
+        with pytest.raises(UserError, match="the disk is full; free some space"):
             prepare(config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -264,9 +262,7 @@ def test_a_full_disk_keeps_the_finished_shards(
 # Splits, limits, odd documents
 
 
-def test_empty_and_one_token_documents_are_counted(
-    tmp_path: Path, configure: Callable[..., PrepareConfig]
-) -> None:
+def test_empty_and_one_token_documents_are_counted(tmp_path: Path, configure: Callable[..., PrepareConfig]) -> None:
     corpus = write_jsonl(tmp_path / "a.jsonl", ["", "two words", None, "x", "three more words", "\n"])
     manifest = prepare(configure(corpus, validation_fraction=0))
     assert manifest.split("train").skipped_documents == 4
@@ -284,17 +280,13 @@ def test_a_small_corpus_gets_a_validation_document(
         "tiny",
         "another document " * 200,
     ]
-    manifest = prepare(
-        configure(write_jsonl(tmp_path / "a.jsonl", texts), validation_fraction=1e-2, shard_tokens=1)
-    )
+    manifest = prepare(configure(write_jsonl(tmp_path / "a.jsonl", texts), validation_fraction=1e-2, shard_tokens=1))
     assert documents_of(tmp_path / "out", "validation") == [texts[1]]
     assert documents_of(tmp_path / "out") == [texts[0], texts[2], texts[3]]
     assert manifest.split("validation").documents == 1
 
 
-def test_copies_of_a_document_are_on_the_same_side(
-    tmp_path: Path, configure: Callable[..., PrepareConfig]
-) -> None:
+def test_copies_of_a_document_are_on_the_same_side(tmp_path: Path, configure: Callable[..., PrepareConfig]) -> None:
     corpus = write_jsonl(tmp_path / "a.jsonl", make_texts(40, seed=4) * 3)
     prepare(configure(corpus, validation_fraction=0.3))
     train, validation = set(documents_of(tmp_path / "out")), set(documents_of(tmp_path / "out", "validation"))

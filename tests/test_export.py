@@ -54,18 +54,14 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_run(folder: Path, sink: SinkConfig, tokenizer: Path | None, config: ModelConfig = CONFIG) -> Path:
     (folder / "weights").mkdir(parents=True)
     (folder / "config.yaml").write_text("name: small\n")
-    save_weights(
-        peaked(GPTNeoX(config, sink, seed=4)), folder / "weights/step-0000012.safetensors", 12, "small"
-    )
+    save_weights(peaked(GPTNeoX(config, sink, seed=4)), folder / "weights/step-0000012.safetensors", 12, "small")
     if tokenizer:
         (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
     return folder
 
 
 @pytest.fixture(scope="session")
-def exports(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path
-) -> dict[str, tuple[Path, Exported]]:
+def exports(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> dict[str, tuple[Path, Exported]]:
     """For each plain mechanism: the run and what exporting it gave."""
     root = tmp_path_factory.mktemp("exports")
     runs = {name: make_run(root / name, MECHANISMS[name], tokenizer_file) for name in PLAIN}
@@ -164,9 +160,7 @@ def test_bfloat16(tmp_path: Path, tokenizer_file: Path) -> None:
     run = make_run(tmp_path / "run", MECHANISMS["sink_tokens_1"], tokenizer_file)
     assert export(run, tmp_path / "hf", dtype="bfloat16").difference <= TOLERANCE
     state = hf.from_hf(hf.load_weights(tmp_path / "hf"), CONFIG)
-    assert all(
-        torch.equal(state[k], v.bfloat16().float()) for k, v in load_model(run).model.state_dict().items()
-    )
+    assert all(torch.equal(state[k], v.bfloat16().float()) for k, v in load_model(run).model.state_dict().items())
     assert reloaded(tmp_path / "hf")[0].dtype == torch.bfloat16
 
 
@@ -192,9 +186,7 @@ def test_a_tokenizer_of_its_own_start_token_is_overruled(tmp_path: Path, tokeniz
 
 
 @pytest.mark.parametrize("piece", ["$", ":"])
-def test_first_tokens_that_look_like_template_syntax(
-    piece: str, tmp_path: Path, tokenizer_file: Path
-) -> None:
+def test_first_tokens_that_look_like_template_syntax(piece: str, tmp_path: Path, tokenizer_file: Path) -> None:
     first = Tokenizer.from_file(str(tokenizer_file)).token_to_id(piece)
     sink = SinkConfig("fixed_first_token", {"id": first})
     export(make_run(tmp_path / "run", sink, tokenizer_file), tmp_path / "hf")
@@ -227,9 +219,7 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused(tmp_path: Path, tokenizer_
         export(run, tmp_path / "hf")
 
 
-def test_a_wrong_conversion_is_noticed(
-    tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_conversion_is_noticed(tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "run", MECHANISMS["sink_tokens_1"], tokenizer_file)
     right = hf.to_hf
 

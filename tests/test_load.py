@@ -113,9 +113,7 @@ def test_exported_folder_names_its_mechanism(tmp_path: Path) -> None:
 
 
 def test_old_rotary_settings_are_read(tmp_path: Path) -> None:
-    folder = write_hf(
-        GPTNeoX(TINY), tmp_path / "old", rope_parameters=None, rotary_pct=0.5, rotary_emb_base=5000
-    )
+    folder = write_hf(GPTNeoX(TINY), tmp_path / "old", rope_parameters=None, rotary_pct=0.5, rotary_emb_base=5000)
     config = load_model(folder).model.config
     assert (config.rotary_pct, config.rope_base) == (0.5, 5000.0)
 

@@ -15,15 +15,14 @@ from hypothesis import strategies as st
 
 from sinkpretrain import tokens as tokens_module
 from sinkpretrain.errors import UserError
+from sinkpretrain.files import sha256_file, write_bytes
 from sinkpretrain.tokens import (
     Manifest,
     TokenFile,
     TokenWriter,
     open_split,
-    sha256_file,
     summarise,
     verify,
-    write_atomically,
 )
 
 DOCUMENTS = [[5, 6, 0], [7, 0], [8, 9, 10, 0]]
@@ -62,9 +61,7 @@ def test_layout_of_both_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("vocab_size", "code", "width"), [(65_499, 8, 2), (65_500, 4, 4), (250_000, 4, 4)])
-def test_width_of_an_id_follows_the_vocabulary(
-    tmp_path: Path, vocab_size: int, code: int, width: int
-) -> None:
+def test_width_of_an_id_follows_the_vocabulary(tmp_path: Path, vocab_size: int, code: int, width: int) -> None:
     file = write(tmp_path / "a", [[vocab_size - 1, 0]], vocab_size)
     assert (tmp_path / "a.idx").read_bytes()[17] == code
     assert (tmp_path / "a.bin").stat().st_size == 2 * width
@@ -192,12 +189,12 @@ def test_a_full_disk_leaves_the_old_pair(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
     try:
         with (
-            pytest.raises(UserError, match=r"the disk is full while writing .*a: free some space"),
+            pytest.raises(UserError, match=r"cannot write .*a: the disk is full; free some space"),
             TokenWriter(tmp_path / "a", 50277) as writer,
         ):
             writer.add_document(np.zeros(1 << 20, dtype=np.int64))
         with pytest.raises(UserError, match="the disk is full"):
-            write_atomically(tmp_path / "a.idx", bytes(1 << 17))
+            write_bytes(tmp_path / "a.idx", bytes(1 << 17))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

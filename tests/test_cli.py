@@ -1,0 +1,154 @@
+"""The command line as a user meets it: help, mistakes, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from data_factory import make_data
+
+from sinkpretrain.cli import COMMANDS, main
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("cli") / "data")
+
+
+def tiny_flags(data: Path, out: Path) -> list[str]:
+    flags = {
+        "model.n_layer": 2,
+        "model.d-model": 32,
+        "model.n-head": 2,
+        "model.context": 64,
+        "data.path": data,
+        "data.batch-size": 4,
+        "training.steps": 2,
+        "training.precision": "32-true",
+        "training.accelerator": "cpu",
+        "out": out,
+    }
+    return [f"--{k}={v}" for k, v in flags.items()]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: sinkpretrain {command}" in text
+    assert "_" not in "".join(w for w in text.split() if w.startswith("--"))
+
+
+def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    assert all(name in capsys.readouterr().out for name in COMMANDS)
+    assert main(["--version"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("trian", "did you mean train?"),
+        ("train --modle.n-layer 3", "there is no flag --modle.n-layer; did you mean --model.n-layer?"),
+        ("train --config pythia-16m", "did you mean pythia-160m?"),
+        ("train --config pythia-160m --data.batch-size many", "--data.batch-size must be int, not 'many'."),
+        ("train --config pythia-160m --training.precision fp8", "must be one of '32-true', 'bf16-mixed'"),
+        ("train --config pythia-160m", "data.path is not set"),
+        (
+            "train --config zero-sink --sink.options.n 3 --data.path DATA",
+            "unknown option 'n' of the mechanism zero_sink",
+        ),
+        ("train --config pythia-160m --data.path DATA", "was prepared with a tokenizer of 96 ids"),
+        (
+            "train --data.path DATA --sink.mechanism sink_tokens --sink.options.n 33 --out OUT",
+            "do not fit the 32 spare",
+        ),
+        ("prepare --out OUT", "source"),
+        ("prepare --source /nowhere.txt --train-tokenizer bpe:300 --out OUT", "/nowhere.txt matches no file"),
+        ("prepare --verify", "needs the folder"),
+        ("stream", "model"),
+        ("stream /nowhere --tokens x.npy --out OUT", "there is no model at /nowhere"),
+        ("compare OUT --out OUT", "OUT"),
+        ("export /nowhere OUT", "there is no model at /nowhere"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    command: str, sentence: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = [w.replace("DATA", str(data)).replace("OUT", str(out)) for w in command.split()]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert sentence.replace("OUT", str(out)) in error
+    assert len(error.strip().splitlines()) == 1
+    assert "Traceback" not in error
+    assert not out.exists()
+
+
+def test_a_misspelt_key_in_a_recipe_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.yaml").write_text("model:\n  n_layr: 3\n")
+    assert main(["train", "--config", str(tmp_path / "r.yaml")]) == 2
+    assert "unknown setting 'model.n_layr'; did you mean model.n_layer?" in capsys.readouterr().err
+    (tmp_path / "r.yaml").write_text("model: [")
+    assert main(["train", "--config", str(tmp_path / "r.yaml")]) == 2
+
+
+def test_recipes_and_flags_are_merged_in_order(data: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "run"
+    (tmp_path / "late.yaml").write_text("optimizer:\n  lr: 0.001\n")
+    flags = ["--config", f"two-sink-tokens,{tmp_path / 'late.yaml'}", "--optimizer.min-lr", "0", *tiny_flags(data, out)]
+    assert main(["train", *flags]) == 0
+    resolved = yaml.safe_load((out / "config.yaml").read_text())
+    assert resolved["sink"] == {"mechanism": "sink_tokens", "options": {"n": 2}}
+    assert resolved["optimizer"]["lr"] == 0.001
+    assert resolved["optimizer"]["min_lr"] == 0
+    assert resolved["model"]["tokenizer_size"] == 96
+    assert resolved["model"]["vocab_size"] == 128
+
+
+def test_train_stream_compare_export(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The path of the README on toy data, through the command line."""
+    for sink in ("vanilla", "one-sink-token", "zero-sink"):
+        run, results = tmp_path / "runs" / sink, tmp_path / "results" / sink
+        assert main(["train", "--config", sink, *tiny_flags(data, run)]) == 0
+        assert (
+            main(["stream", str(run), "--tokens", str(data), "--cache", "0+32,1+31,4+28", "--out", str(results)]) == 0
+        )
+    written = json.loads((results / "results.json").read_text())
+    assert set(written["settings"]) == {"0+32", "0+32-nocolumn", "1+31", "4+28"}
+    assert np.load(results / "4+28" / "nll.npy").dtype == np.float32
+    assert main(["compare", str(tmp_path / "results"), str(tmp_path / "runs"), "--out", str(tmp_path / "c")]) == 0
+    table = (tmp_path / "c" / "table3.md").read_text()
+    assert "sink_tokens(n=1)" in table
+    assert {p.name for p in (tmp_path / "c").iterdir()} >= {"table3.csv", "perplexity.png", "loss.png"}
+    assert main(["export", str(tmp_path / "runs" / "zero-sink"), str(tmp_path / "hf")]) == 2
+    assert "zero_sink" in capsys.readouterr().err
+
+
+def test_mistakes_answer_at_once() -> None:
+    """A misspelt flag costs no import of torch."""
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "sinkpretrain", "train", "--confg", "x"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2
+    assert "did you mean --config?" in done.stderr
+    modules = subprocess.run(
+        [sys.executable, "-c", "import sys, sinkpretrain.commands; print('torch' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert modules.stdout.strip() == "False"
+    assert time.monotonic() - started < 20

@@ -1,0 +1,142 @@
+"""Data order: a permutation, a function of (seed, sample number), the same for every number of processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_factory import make_data
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sinkpretrain.config import MAX_SINK_TOKENS, DataConfig, ModelConfig
+from sinkpretrain.data import (
+    IGNORED,
+    Order,
+    Samples,
+    Stream,
+    open_data,
+    permute,
+    shared_targets,
+    to_batch,
+    training_order,
+)
+from sinkpretrain.errors import UserError
+from sinkpretrain.tokens import TokenFile, TokenWriter
+
+MODEL = ModelConfig(n_layer=1, d_model=16, n_head=1, context=64, tokenizer_size=96, vocab_size=128)
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**70))
+@settings(max_examples=60, deadline=None)
+def test_permute_is_a_bijection(n: int, key: int) -> None:
+    assert np.array_equal(np.sort(permute(np.arange(n), n, key)), np.arange(n))
+
+
+def test_permute_of_a_huge_domain_takes_no_memory() -> None:
+    n = 36_621_094  # samples of the Pile
+    some = permute(np.arange(1000), n, 1)
+    assert len(np.unique(some)) == 1000
+    assert some.min() >= 0
+    assert some.max() < n
+
+
+def test_permute_mixes_well() -> None:
+    """Neighbours end up as far apart as random ones, and each place is as likely as any other."""
+    n = 10_000
+    order = permute(np.arange(n), n, 3)
+    assert np.abs(np.diff(order)).mean() == pytest.approx(n / 3, rel=0.03)  # E|X - Y| of two uniform draws
+    counts = np.histogram(order[:1000], bins=10, range=(0, n))[0]
+    assert ((counts - 100) ** 2 / 100).sum() < 27.9  # chi-square with 9 degrees of freedom, p = 0.001
+
+
+def test_order_is_arithmetic() -> None:
+    order = Order(101, seed=5, shuffle=True)
+    whole = order(0, 404)
+    assert np.array_equal(order(37, 200), whole[37:237])
+    for epoch in range(4):
+        assert np.array_equal(np.sort(whole[epoch * 101 : (epoch + 1) * 101]), np.arange(101))
+    assert not np.array_equal(whole[:101], whole[101:202])
+    assert not np.array_equal(whole, Order(101, seed=6, shuffle=True)(0, 404))
+    assert np.array_equal(Order(101, seed=5, shuffle=False)(99, 4), [99, 100, 0, 1])
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 4, 27])
+def test_prefix_displaces_the_end(n: int) -> None:
+    rows = np.arange(1, 131).reshape(2, 65)
+    prefix = tuple(range(96, 96 + n))
+    ids, labels = to_batch(rows, prefix)
+    assert ids.shape == labels.shape == (2, 64)
+    assert ids[0, :n].tolist() == list(prefix)
+    assert ids[0, n:].tolist() == list(range(1, 65 - n))
+    if n:
+        assert labels[0, : n - 1].tolist() == [IGNORED] * (n - 1)
+        assert labels[0, n - 1 :].tolist() == list(range(1, 66 - n))  # the last sink predicts the first token
+    else:
+        assert labels[0].tolist() == list(range(2, 66))
+
+
+def test_shared_targets_are_the_same_tokens_for_every_mechanism() -> None:
+    rows = np.arange(1, 66).reshape(1, 65)
+    seen = set()
+    for n in (0, 1, 2, 4, 27):
+        batch = shared_targets(to_batch(rows, tuple(range(96, 96 + n))), n)
+        kept = batch.labels[batch.labels != IGNORED]
+        seen.add(tuple(kept.tolist()))
+        # and each is predicted from the token before it
+        assert (batch.ids[batch.labels != IGNORED] + 1).tolist() == kept.tolist()
+    assert seen == {tuple(range(2, 2 + 64 - MAX_SINK_TOKENS))}
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> Samples:
+    return Samples(TokenFile.open(make_data(tmp_path / "data") / "train"), MODEL, (96,))
+
+
+def test_processes_share_a_step(samples: Samples) -> None:
+    order = Order(samples.n_samples, 1, True)
+    alone = Stream(samples, order, batch_size=8, first_sample=24)
+    together = [Stream(samples, order, 8, rank=r, world=4, first_sample=24) for r in range(4)]
+    iterators = [iter(s) for s in together]
+    for step, (ids, _) in zip(range(5), alone, strict=False):
+        parts = [next(i).ids for i in iterators]
+        assert ids.tolist() == [row for part in parts for row in part.tolist()], step
+
+
+def test_stream_starts_anywhere(samples: Samples) -> None:
+    order = Order(samples.n_samples, 1, True)
+    whole = [b.ids.tolist() for _, b in zip(range(6), Stream(samples, order, 8), strict=False)]
+    later = [b.ids.tolist() for _, b in zip(range(3), Stream(samples, order, 8, first_sample=24), strict=False)]
+    assert later == whole[3:]
+
+
+def test_preshuffled_rows_keep_their_order(tmp_path: Path) -> None:
+    with TokenWriter(tmp_path / "rows", 96) as writer:
+        for row in range(20):
+            writer.add_document(np.full(65, row))
+    samples = Samples(TokenFile.open(tmp_path / "rows"), MODEL, ())
+    order = training_order(DataConfig(), samples)
+    assert samples.batch(order(0, 20)).ids[:, 0].tolist() == list(range(20))
+    assert training_order(DataConfig(shuffle=True), samples)(0, 20).tolist() != list(range(20))
+
+
+def test_bad_data_is_refused(tmp_path: Path) -> None:
+    with TokenWriter(tmp_path / "short", 96) as writer:
+        writer.add_document(np.arange(50))
+    with pytest.raises(UserError, match="fewer than one sample of 65"):
+        Samples(TokenFile.open(tmp_path / "short"), MODEL, ())
+    with TokenWriter(tmp_path / "wide", 200) as writer:
+        writer.add_document(np.arange(100, 180))
+    with pytest.raises(UserError, match="token id 164"):
+        Samples(TokenFile.open(tmp_path / "wide"), MODEL, ()).batch(np.array([0]))
+    with pytest.raises(UserError, match=r"data\.path is not set"):
+        open_data(DataConfig())
+
+
+def test_a_fault_in_the_reading_thread_reaches_the_loop(tmp_path: Path) -> None:
+    with TokenWriter(tmp_path / "wide", 200) as writer:
+        writer.add_document(np.arange(100, 180))
+    samples = Samples(TokenFile.open(tmp_path / "wide"), MODEL, ())
+    with pytest.raises(UserError, match="token id"):
+        next(iter(Stream(samples, Order(1, 0, False), 1)))

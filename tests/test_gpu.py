@@ -1,0 +1,99 @@
+"""What only a GPU can show: the kernels behind the extra column, streaming and training on CUDA."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, peaked
+from data_factory import make_data
+from test_train import checkpoint, config, record, run_command
+
+from sinkpretrain.attention import causal_attention
+from sinkpretrain.config import SinkConfig
+from sinkpretrain.model import GPTNeoX
+from sinkpretrain.sinks import Column
+from sinkpretrain.streaming import Cache, dense_nll, recompute_nll, stream_nll, token_loop_nll
+from sinkpretrain.train import train
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+B, H, T, D = 2, 4, 200, 64
+
+
+def eager(q, k, v, s, value):
+    logits = (q @ k.mT) * D**-0.5
+    logits = logits.masked_fill(torch.ones(T, T, device=q.device).triu(1).bool(), float("-inf"))
+    p = torch.cat((s.expand(B, H, T).unsqueeze(-1), logits), dim=-1).softmax(-1)
+    return p[..., 1:] @ v + p[..., :1] * value.unsqueeze(-2)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.bfloat16, 1.5e-2)])
+def test_column_gradients(dtype: torch.dtype, tolerance: float, compiled: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v, d_out = (torch.randn(B, H, T, D, device="cuda").to(dtype) for _ in range(4))
+    q = (3 * q).requires_grad_()
+    k.requires_grad_()
+    v.requires_grad_()
+    s = torch.randn(H, 1, device="cuda").requires_grad_()
+    value = torch.randn(H, D, device="cuda").requires_grad_()
+    fast = torch.compile(causal_attention) if compiled else causal_attention
+    out = fast(q, k, v, Column(s, value))
+    got = [out, *torch.autograd.grad(out, (q, k, v, s, value), d_out)]
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v, s, value)]
+    reference = eager(*exact)
+    want = [reference, *torch.autograd.grad(reference, exact, d_out.double())]
+    for name, g, w in zip(("out", "dq", "dk", "dv", "ds", "dvalue"), got, want, strict=True):
+        assert ((g.double() - w).norm() / w.norm()).item() < tolerance, name
+
+
+@pytest.mark.parametrize("cache", ["0+64", "1+63", "4+60", "5+1"])
+@pytest.mark.parametrize("sink", [SinkConfig(), SinkConfig("zero_sink"), SinkConfig("sink_tokens", {"n": 2})])
+def test_streaming_equals_the_cpu(sink: SinkConfig, cache: str) -> None:
+    net = peaked(GPTNeoX(TINY, sink, seed=4)).eval()
+    ids = np.random.default_rng(0).integers(0, 96, 500)
+    c = Cache.parse(cache)
+    on_cpu, on_cpu_dense = stream_nll(net, ids, c, block=100), dense_nll(net, ids[:200])
+    on_cpu_recompute = recompute_nll(net, ids[:100], 32)
+    net = net.cuda()
+    for block in (64, 333, 1024):
+        assert np.abs(stream_nll(net, ids, c, block=block) - on_cpu).max() < 1e-4
+    assert np.abs(token_loop_nll(net, ids[:100], c) - on_cpu[:99]).max() < 1e-4
+    assert np.abs(dense_nll(net, ids[:200]) - on_cpu_dense).max() < 1e-4
+    assert np.abs(recompute_nll(net, ids[:100], 32) - on_cpu_recompute).max() < 1e-4
+    rough = stream_nll(net.bfloat16(), ids, c)
+    assert abs(rough.mean() - on_cpu.mean()) < 0.05
+
+
+@pytest.mark.parametrize("sink", ["vanilla", "zero_sink"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_follows_the_cpu(sink: str, compiled: bool, tmp_path: Path) -> None:
+    """bf16 autocast on the GPU, fused or compiled, against fp32 on the CPU: the same losses within bf16's rounding."""
+    data = make_data(tmp_path / "data")
+    base = dataclasses.replace(config(data, tmp_path / "cpu"), sink=SinkConfig(sink))
+    train(base)
+    gpu = dataclasses.replace(base.training, accelerator="cuda", precision="bf16-mixed", compile=compiled)
+    train(dataclasses.replace(base, out=str(tmp_path / "gpu"), training=gpu))
+    curves = [[x["loss"] for x in record(tmp_path / r) if x["kind"] == "train"] for r in ("cpu", "gpu")]
+    assert curves[1] == pytest.approx(curves[0], rel=0.01)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_agree_with_one_and_resume(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data")
+    base = config(data, tmp_path / "one", accelerator="cuda")
+    assert run_command(base, tmp_path / "a").returncode == 0
+    two = dataclasses.replace(base, out=str(tmp_path / "two"))
+    done = run_command(two, tmp_path / "b", "--training.devices", "2", stop=6)
+    assert done.returncode == 0, done.stderr
+    assert run_command(two, tmp_path / "b", "--training.devices", "1").returncode == 0
+    assert checkpoint(tmp_path / "one")["samples_seen"] == checkpoint(tmp_path / "two")["samples_seen"]
+    for a, b in zip(record(tmp_path / "one"), record(tmp_path / "two"), strict=True):
+        if "loss" in a:
+            assert b["loss"] == pytest.approx(a["loss"], abs=1e-3)
+    assert len(json.loads((tmp_path / "two" / "run.json").read_text())["attempts"]) == 2

@@ -1,0 +1,367 @@
+"""Training: exact resumption, processes, and everything that a run directory refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data_factory import make_data
+
+from sinkpretrain import lit, metrics
+from sinkpretrain.config import (
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SinkConfig,
+    TrainingConfig,
+    save_yaml,
+)
+from sinkpretrain.errors import UserError
+from sinkpretrain.lit import learning_rate, parameter_groups
+from sinkpretrain.load import load_model
+from sinkpretrain.model import GPTNeoX
+from sinkpretrain.train import train
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("train") / "data")
+
+
+def config(data: Path, out: Path, **training: Any) -> RunConfig:
+    return RunConfig(
+        out=str(out),
+        model=ModelConfig(n_layer=2, d_model=32, n_head=2, context=64),
+        sink=SinkConfig("sink_tokens", {"n": 1}),
+        data=DataConfig(path=str(data), batch_size=8, validation_samples=10),
+        optimizer=OptimizerConfig(lr=3e-3, min_lr=3e-4, warmup=0.2),
+        training=TrainingConfig(
+            **(
+                {"steps": STEPS, "micro_batch": 3, "precision": "32-true", "accelerator": "cpu", "devices": 1}
+                | training
+            )
+        ),
+        log=LogConfig(every=4, validate_every=6, probe_every=6, checkpoint_every=6, weights_every=0, progress=False),
+    )
+
+
+def checkpoint(run: Path, step: int = STEPS) -> dict[str, Any]:
+    return torch.load(run / "checkpoints" / f"step-{step:07d}.ckpt", weights_only=True)
+
+
+def same(a: Path, b: Path) -> bool:
+    """Weights, optimizer state and records equal to the last bit."""
+    left, right = checkpoint(a), checkpoint(b)
+    weights = all(torch.equal(v, right["state_dict"][k]) for k, v in left["state_dict"].items())
+    moments = all(
+        torch.equal(v, right["optimizer_states"][0]["state"][p][k])
+        for p, state in left["optimizer_states"][0]["state"].items()
+        for k, v in state.items()
+    )
+    return weights and moments and record(a) == record(b)
+
+
+def record(run: Path) -> list[dict[str, Any]]:
+    volatile = {"tokens_per_second", "model_flops_per_second"}
+    return [{k: v for k, v in line.items() if k not in volatile} for line in metrics.read(run)]
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lit.PretrainModule, "_agree_to_stop", lambda self, now, flush: now == step)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert train(config(data, run)).finished
+    return run
+
+
+def test_resume_is_bitwise_exact(data: Path, undisturbed: Path, tmp_path: Path, monkeypatch) -> None:
+    for step in (5, 6):  # between and at an interval of the log
+        run = tmp_path / f"stopped-{step}"
+        with monkeypatch.context() as m:
+            stop_after(step, m)
+            result = train(config(data, run))
+        assert (result.step, result.finished) == (step, False)
+        assert train(config(data, run)).finished
+        assert same(run, undisturbed)
+
+
+def test_every_step_is_recorded_once(undisturbed: Path) -> None:
+    lines = record(undisturbed)
+    assert [x["step"] for x in lines if x["kind"] == "train"] == list(range(1, STEPS + 1))
+    assert [x["step"] for x in lines if x["kind"] == "validation"] == [0, 6, 12]
+    probe = next(x for x in lines if x["kind"] == "probe")
+    assert len(probe["first_mass"]) == 2
+
+
+def test_the_model_learns(undisturbed: Path) -> None:
+    losses = [x["loss"] for x in record(undisturbed) if x["kind"] == "train"]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_log_spaced_weights_and_kept_checkpoints(undisturbed: Path) -> None:
+    assert [int(p.stem[5:]) for p in sorted((undisturbed / "weights").iterdir())] == [0, 1, 2, 4, 8, 12]
+    assert [int(p.stem[5:]) for p in sorted((undisturbed / "checkpoints").iterdir())] == [6, 12]
+    first = load_model(undisturbed / "weights" / "step-0000000.safetensors")
+    fresh = GPTNeoX(first.model.config, first.model.sink_config, seed=1234)
+    assert torch.equal(first.model.head.weight, fresh.head.weight)
+    assert load_model(undisturbed).step == STEPS
+
+
+def test_a_lost_tail_is_written_again(data: Path, undisturbed: Path, tmp_path: Path, monkeypatch) -> None:
+    """A run killed after its last checkpoint: the metrics behind it are dropped and come again, once."""
+    run = tmp_path / "killed"
+    with monkeypatch.context() as m:
+        m.setattr(lit.PretrainModule, "on_train_batch_end", _killed_after(8))
+        with pytest.raises(RuntimeError, match="killed"):
+            train(config(data, run))
+    assert record(run)[-1]["step"] == 8
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')  # the line that was being written
+    assert train(config(data, run)).finished
+    assert same(run, undisturbed)
+
+
+def _killed_after(step: int) -> Any:
+    original = lit.PretrainModule.on_train_batch_end
+
+    def hook(self: lit.PretrainModule, *args: Any) -> None:
+        original(self, *args)
+        if self.global_step == step:
+            raise RuntimeError("killed")
+
+    return hook
+
+
+def test_a_damaged_checkpoint_is_passed_over(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    import shutil
+
+    run = tmp_path / "damaged"
+    shutil.copytree(undisturbed, run)
+    newest = run / "checkpoints" / f"step-{STEPS:07d}.ckpt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match="using the one before it"):
+        assert train(config(data, run)).finished
+    assert same(run, undisturbed)
+
+
+def test_finished_runs_say_so_and_can_go_on(data: Path, tmp_path: Path, capsys) -> None:
+    run = tmp_path / "run"
+    train(config(data, run, steps=6))
+    assert train(config(data, run, steps=6)).finished
+    assert "is finished: 6 steps" in capsys.readouterr().out
+    assert train(config(data, run, steps=8)).step == 8
+    assert [x["step"] for x in record(run) if x["kind"] == "train"] == list(range(1, 9))
+
+
+# --- several processes --------------------------------------------------------------------------------------------
+
+
+def run_command(config: RunConfig, folder: Path, *flags: str, stop: int = 0) -> subprocess.CompletedProcess[str]:
+    """``python -m sinkpretrain train`` in a process of its own, as a user would."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_yaml(config, folder / "recipe.yaml")
+    code = "import sys; from sinkpretrain.cli import main\n"
+    if stop:
+        code += "from sinkpretrain import lit\n"
+        code += f"lit.PretrainModule._agree_to_stop = lambda self, now, flush: now == {stop}\n"
+    script = folder / f"main{stop}.py"
+    script.write_text(code + "sys.exit(main())\n")
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"}
+    return subprocess.run(
+        [sys.executable, str(script), "train", "--config", str(folder / "recipe.yaml"), *flags],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+
+
+def test_two_processes_resume_exactly_and_agree_with_one(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Two gloo processes: bitwise equal after a restart; equal to one process up to the order of sums.
+
+    The same samples are in each step, so the losses agree to 1e-5 and the weights to 1e-3 of an lr-sized update
+    (12 steps of Adam at 3e-3; its first updates are +-lr whatever the gradient's size, so rounding shows there).
+    """
+    two = config(data, tmp_path / "two", devices=2)
+    assert run_command(two, tmp_path / "a").returncode == 0
+    halves = dataclasses.replace(two, out=str(tmp_path / "halves"))
+    assert run_command(halves, tmp_path / "b", stop=6).returncode == 0
+    assert run_command(halves, tmp_path / "b").returncode == 0
+    assert same(tmp_path / "two", tmp_path / "halves")
+
+    changed = dataclasses.replace(two, out=str(tmp_path / "changed"))
+    assert run_command(changed, tmp_path / "c", stop=6).returncode == 0
+    assert run_command(changed, tmp_path / "c", "--training.devices", "1").returncode == 0
+    for other in ("two", "changed"):
+        assert checkpoint(tmp_path / other)["samples_seen"] == checkpoint(undisturbed)["samples_seen"]
+        for ours, theirs in zip(record(undisturbed), record(tmp_path / other), strict=True):
+            if "loss" in ours:
+                assert theirs["loss"] == pytest.approx(ours["loss"], abs=1e-4)
+
+
+def test_interrupt_saves_and_the_same_command_goes_on(data: Path, tmp_path: Path) -> None:
+    """A real SIGINT and SIGTERM to a real process: exit code 128 + n, a checkpoint, no step lost."""
+    long = config(data, tmp_path / "run", steps=100_000)
+    save_yaml(long, tmp_path / "recipe.yaml")
+    command = [sys.executable, "-m", "sinkpretrain", "train", "--config", str(tmp_path / "recipe.yaml")]
+    done = 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(__file__).parent.parent
+        )
+        deadline = time.monotonic() + 120
+        while not any(x["step"] > done + 3 for x in metrics.read(tmp_path / "run")):
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.2)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, output
+        assert "the same command goes on from there" in output
+        steps = [x["step"] for x in metrics.read(tmp_path / "run") if x["kind"] == "train"]
+        assert steps == list(range(1, len(steps) + 1))
+        assert (tmp_path / "run" / "checkpoints" / f"step-{len(steps):07d}.ckpt").is_file()
+        done = len(steps)
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"model": ModelConfig(n_layer=3, d_model=32, n_head=2, context=64)}, r"model\.n_layer \(2 there, 3 here\)"),
+        ({"sink": SinkConfig("vanilla")}, r"sink\.mechanism"),
+        ({"optimizer": OptimizerConfig(lr=1e-3, min_lr=3e-4, warmup=0.2)}, r"optimizer\.lr"),
+        ({"name": "other"}, ""),
+    ],
+)
+def test_another_configuration_is_refused(change: dict, names: str, data: Path, undisturbed: Path) -> None:
+    new = dataclasses.replace(config(data, undisturbed), **change)
+    before = (undisturbed / "config.yaml").read_text()
+    if not names:
+        assert train(new).finished
+        return
+    with pytest.raises(UserError, match=names):
+        train(new)
+    assert (undisturbed / "config.yaml").read_text() == before
+
+
+def test_other_data_are_refused_and_moved_data_are_not(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    import shutil
+
+    with pytest.raises(UserError, match="train_sha256"):
+        train(config(make_data(tmp_path / "other", seed=1), undisturbed))
+    shutil.copytree(data, tmp_path / "moved")
+    assert train(config(tmp_path / "moved", undisturbed)).finished
+
+
+def test_foreign_directories_are_refused(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="something else than a run"):
+        train(config(data, tmp_path))
+
+
+def test_impossible_settings_are_refused_before_anything_is_written(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    base = config(data, run)
+    bad = {
+        "does not divide over 3": dataclasses.replace(base, training=TrainingConfig(devices=3, accelerator="cpu")),
+        "do not fit the 32 spare rows": dataclasses.replace(base, sink=SinkConfig("sink_tokens", {"n": 33})),
+        "prepared with a tokenizer of 96 ids": dataclasses.replace(base, model=ModelConfig(tokenizer_size=50277)),
+        "fewer than one sample": dataclasses.replace(base, model=ModelConfig(context=10**6)),
+    }
+    for sentence, changed in bad.items():
+        with pytest.raises(UserError, match=sentence):
+            train(changed)
+    (data_copy := make_data(tmp_path / "edited") / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="is not the tokenizer that the manifest names"):
+        train(config(data_copy.parent, run))
+    assert not run.exists()
+
+
+def test_disk_full_keeps_the_older_checkpoint(data: Path, tmp_path: Path, monkeypatch) -> None:
+    run = tmp_path / "run"
+    save = torch.save
+
+    def full(checkpoint: Any, path: Any) -> None:
+        if "12" in Path(path).name:
+            Path(path).write_bytes(b"half")
+            raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+        save(checkpoint, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="disk is full"):
+        train(config(data, run))
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-0000006.ckpt"]
+    monkeypatch.setattr(torch, "save", save)
+    assert train(config(data, run)).finished
+
+
+# --- parts --------------------------------------------------------------------------------------------------------
+
+
+def test_learning_rate_follows_the_recipe() -> None:
+    o = OptimizerConfig()
+    rates = [learning_rate(s, 1000, o) for s in range(1001)]
+    assert rates[0] == pytest.approx(6e-5)
+    assert max(rates) == rates[9] == pytest.approx(6e-4)
+    assert rates[505] == pytest.approx((6e-4 + 6e-5) / 2, rel=1e-2)
+    assert rates[1000] == pytest.approx(6e-5)
+
+
+def test_only_matrices_decay(tiny: ModelConfig) -> None:
+    net = GPTNeoX(tiny)
+    decayed, free = parameter_groups(net, 0.1)
+    assert {p.dim() for p in decayed["params"]} == {2}
+    assert {p.dim() for p in free["params"]} == {1}
+    assert len(decayed["params"]) + len(free["params"]) == len(list(net.parameters()))
+
+
+def test_accumulation_equals_one_large_batch(data: Path, tmp_path: Path) -> None:
+    train(config(data, tmp_path / "parts", steps=3, micro_batch=3))
+    train(config(data, tmp_path / "whole", steps=3, micro_batch=8))
+    losses = [[x["loss"] for x in record(tmp_path / r) if x["kind"] == "train"] for r in ("parts", "whole")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_clipping_works_with_the_fused_optimizer_and_bf16(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(config(data, run, steps=3, precision="bf16-mixed"))
+    assert all(p.dtype == torch.float32 for p in checkpoint(run, 3)["state_dict"].values())
+
+
+def test_compiled_training_is_the_same(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "compiled"
+    train(config(data, run, compile=True, steps=4))
+    got = [x["loss"] for x in record(run) if x["kind"] == "train"]
+    eager = config(data, tmp_path / "eager", steps=4)
+    train(eager)
+    assert got == pytest.approx([x["loss"] for x in record(tmp_path / "eager") if x["kind"] == "train"], abs=1e-4)
+    assert set(checkpoint(run, 4)["state_dict"]) == set(checkpoint(undisturbed)["state_dict"])
+
+
+def test_offline_wandb_has_one_id(data: Path, tmp_path: Path, monkeypatch) -> None:
+    run = tmp_path / "run"
+    offline = config(data, run, steps=4)
+    offline = dataclasses.replace(offline, log=dataclasses.replace(offline.log, wandb="offline"))
+    train(offline)
+    identity = json.loads((run / "run.json").read_text())["wandb_id"]
+    assert [p for p in (run / "wandb").iterdir() if p.name.endswith(identity)]
