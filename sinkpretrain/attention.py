@@ -46,6 +46,8 @@ def causal_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, column: Col
     """Causal softmax attention [B, H, T, D], with the extra column if there is one. Gradients are exact."""
     if column is None:
         return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True)
+    if q_BHTD.device.type == "cuda" and q_BHTD.dtype not in (torch.bfloat16, torch.float16):
+        return _eager_column(q_BHTD, k_BHTD, v_BHTD, column)
     out: Tensor = ColumnAttention.apply(q_BHTD, k_BHTD, v_BHTD, column.logit, column.value)  # type: ignore[no-untyped-call]
     return out
 
@@ -92,13 +94,9 @@ class ColumnAttention(torch.autograd.Function):
 
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Causal flash attention: output, logsumexp [B, H, T], and what the backward of the same device wants besides."""
-    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
+    if q.device.type == "cuda":
         out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
         return out, lse, (seed, offset)
-    if q.device.type == "cuda":
-        T = q.shape[2]
-        out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)
-        return out, lse[..., :T].contiguous(), (seed, offset)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
     return out, lse, ()
 
@@ -106,22 +104,23 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tup
 def _flash_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    d_out = d_out.contiguous()
-    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
-        T = q.shape[2]
+    d_out, T = d_out.contiguous(), q.shape[2]
+    if q.device.type == "cuda":
         grads = aten._scaled_dot_product_flash_attention_backward(
             d_out, q, k, v, out, lse, None, None, T, T, 0.0, True, *extra
         )
-        return grads[0], grads[1], grads[2]
-    if q.device.type == "cuda":
-        # This kernel reads the logsumexp in rows padded to a multiple of 32.
-        lse = F.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
-        grads = aten._scaled_dot_product_efficient_attention_backward(
-            d_out, q, k, v, None, out, lse, *extra, 0.0, [True, True, True, False], True
-        )
-        return grads[0], grads[1], grads[2]
-    grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(d_out, q, k, v, out, lse, 0.0, True)
+    else:
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(d_out, q, k, v, out, lse, 0.0, True)
     return grads[0], grads[1], grads[2]
+
+
+def _eager_column(q: Tensor, k: Tensor, v: Tensor, column: Column) -> Tensor:
+    """The definition, differentiated by autograd, for what no flash kernel takes (fp32 and fp64 on a GPU)."""
+    T = q.shape[2]
+    visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    logits = ((q @ k.mT) * q.shape[-1] ** -0.5).masked_fill(~visible, float("-inf"))
+    lse = torch.logsumexp(logits, dim=-1)
+    return merge_column(torch.softmax(logits, dim=-1) @ v, lse, column)
 
 
 # --- inference ----------------------------------------------------------------------------------------------------

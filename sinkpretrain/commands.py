@@ -50,7 +50,7 @@ class Parser(jsonargparse.ArgumentParser):
         lists: dict[str, list[str]] = {name: [] for name in self.list_flags}
         switches = {o for a in self._actions if getattr(a, "_typehint", None) is bool for o in a.option_strings}
         rest, current = [], None
-        for argument, after in zip(arguments, [*arguments[1:], "--"], strict=True):
+        for argument, after in zip(arguments, [*arguments, "--"][1:], strict=True):
             if argument in switches and after.startswith("--"):
                 rest.append(f"{argument}=true")
                 current = None

@@ -21,11 +21,11 @@ MECHANISMS: dict[str, dict[str, Any]] = {
 CACHES = "0+64,1+63,2+62,4+60"
 STREAMED_TOKENS = 50_000
 
-HONEST = """\
-What this shows: the whole path works, on real text and with real training. What it does not show: the paper's effect.
-Attention sinks grow late in training (thousands of steps at 160M parameters); models this small, trained for a
-minute, have hardly any yet, so their columns differ little. `inspect` the sink mass in each run's metrics.jsonl, and
-see the README for the run that the paper did."""
+HONEST = (
+    "What this shows: the whole path works, on real text and with real training. What it does not show: the paper's "
+    "effect. Attention sinks grow late in training, after thousands of steps; models this small, trained for a minute, "
+    "hardly have any yet, and their columns differ little. The README says how to run the experiment at its real size."
+)
 
 
 def recipe(name: str, sink: dict[str, Any], data: Path, out: Path, steps: int) -> RunConfig:
@@ -63,7 +63,7 @@ def standard_library() -> list[str]:
     ]
 
 
-def demo(out: str = "demo", text: str = "", steps: int = 900, paper: bool = True) -> None:
+def demo(out: str = "demo", text: str = "", steps: int = 600, paper: bool = True) -> None:
     """Prepare text, train three small models, stream them and print the table. An interrupted demo goes on.
 
     Args:

@@ -94,7 +94,7 @@ def stream_nll(
         scored = (text >= 0) & (text < len(ids) - 1)
         if scored.any():
             rows = hidden[torch.from_numpy(scored).to(device)]
-            targets = np.asarray(ids[text[scored][0] + 1 : text[scored][-1] + 2], dtype=np.int64)
+            targets = np.array(ids[text[scored][0] + 1 : text[scored][-1] + 2], dtype=np.int64)
             losses = token_nll(model, rows, torch.from_numpy(targets).to(device)).cpu().numpy()
             nll[text[scored]] = _finite(losses, int(text[scored][0]) + 1)
         if advance:
@@ -255,7 +255,7 @@ def recompute_nll(
     prefix = torch.tensor(model.prefix_ids, dtype=torch.int64)
     nll = np.empty(len(ids) - 1, dtype=np.float32)
     # Causality makes the first window's forward the fresh forward of each of its tokens.
-    head = np.asarray(ids[: text + 1], dtype=np.int64)
+    head = np.array(ids[: text + 1], dtype=np.int64)
     tokens = torch.cat((prefix, torch.from_numpy(head[:-1])))[None].to(device)
     hidden = model.hidden(tokens)[0, len(prefix) :]
     nll[: len(head) - 1] = token_nll(model, hidden, torch.from_numpy(head[1:]).to(device)).cpu().numpy()

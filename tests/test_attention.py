@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sinkpretrain.attention import (
     ColumnAttention,
+    _eager_column,
     attention_weights,
     causal_attention,
     masked_attention,
@@ -64,6 +65,16 @@ def test_gradients_are_exact(kind: str) -> None:
     assert (out - want).abs().max() < 1e-12
     for got, exact in zip(gradients(out, *wanted), gradients(want, *wanted), strict=True):
         assert (got - exact).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_the_eager_path_is_the_definition_too(kind: str) -> None:
+    q, k, v = inputs()
+    s, value = COLUMNS[kind](q)
+    got, want = _eager_column(q, k, v, Column(s, value)), eager(q, k, v, s, value)
+    assert (got - want).abs().max() < 1e-12
+    for g, w in zip(gradients(got, q, k, v), gradients(want, q, k, v), strict=True):
+        assert (g - w).abs().max() < 1e-12
 
 
 def test_key_bias_gradient_reaches_the_query() -> None:

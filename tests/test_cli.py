@@ -52,7 +52,8 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert main(["--help"]) == 0
-    assert all(name in capsys.readouterr().out for name in COMMANDS)
+    text = capsys.readouterr().out
+    assert all(name in text for name in COMMANDS)
     assert main(["--version"]) == 0
 
 

@@ -70,7 +70,7 @@ def test_every_recipe_is_found_and_valid(path: Path) -> None:
 def test_unknown_recipe() -> None:
     with pytest.raises(UserError, match=r"did you mean pythia-160m\?"):
         recipe_path("pythia-160")
-    with pytest.raises(UserError, match="known recipes: .*zero-sink"):
+    with pytest.raises(UserError, match=r"known recipes: .*zero-sink"):
         recipe_path("qqq")
 
 

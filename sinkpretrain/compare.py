@@ -1,0 +1,469 @@
+"""``sinkpretrain compare``: result and run folders in; Table 3, paired differences and figures out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from sinkpretrain import metrics, paper
+from sinkpretrain.config import RunConfig, load_yaml
+from sinkpretrain.errors import UserError
+from sinkpretrain.evaluate import FORMAT, RESULTS
+from sinkpretrain.files import read_json, write_atomically, write_json
+from sinkpretrain.provenance import versions
+from sinkpretrain.sinks import label
+from sinkpretrain.statistics import paired_difference
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
+"""Okabe and Ito's palette: told apart by colour-blind readers too."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model over one text, as ``sinkpretrain stream`` left it."""
+
+    folder: Path
+    data: dict[str, Any]
+
+    @property
+    def mechanism(self) -> str:
+        return str(self.data["model"]["mechanism"])
+
+    @property
+    def name(self) -> str:
+        return str(self.data["model"]["name"])
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        settings: dict[str, dict[str, Any]] = self.data["settings"]
+        return settings
+
+    def nll(self, setting: str) -> NDArray[np.float32]:
+        """Losses, float32 [tokens - 1]; raises UserError if the file is gone."""
+        path = self.folder / self.settings[setting]["file"]
+        try:
+            values: NDArray[np.float32] = np.load(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read the losses {path}: {error}; run stream again.") from error
+        return values
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    folder: Path
+    config: RunConfig
+    lines: list[dict[str, Any]]
+
+    def curve(self, kind: str) -> tuple[list[int], list[float]]:
+        """Steps and losses of the lines of one kind (train, validation)."""
+        chosen = [line for line in self.lines if line["kind"] == kind]
+        return [line["step"] for line in chosen], [line["loss"] for line in chosen]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was compared, ready to print.
+
+    table: one row per result: {"name", "mechanism", setting: perplexity, ...}.
+    differences: settings of one model against its own reference setting, paired over tokens.
+    """
+
+    out: Path
+    results: list[Result]
+    runs: list[Run]
+    settings: list[str]
+    table: list[dict[str, Any]]
+    groups: list[dict[str, Any]]
+    differences: list[dict[str, Any]]
+    paper: bool
+
+
+def compare(paths: list[Path], out: Path, paper: bool = True) -> Comparison:
+    """Compare results and runs, and write tables and figures into ``out``.
+
+    Args:
+        paths: folders written by ``stream`` or ``train``, or folders that hold some one or two levels down.
+        out: gets table3.md, table3.csv, comparison.json, perplexity.png and, with runs, loss.png.
+        paper: put the paper's numbers beside ours, or below where the settings differ.
+
+    Raises:
+        UserError: nothing to compare, or results over different texts.
+    """
+    results, runs = find(paths)
+    check_same_text(results)
+    settings = sorted({s for r in results for s in r.settings}, key=_setting_order)
+    table = [row(r, settings) for r in results]
+    comparison = Comparison(out, results, runs, settings, table, group(table, settings), differences(results), paper)
+    write_json(out / "comparison.json", as_json(comparison))
+    write_atomically(out / "table3.md", lambda p: p.write_text(markdown(comparison), encoding="utf-8"))
+    write_atomically(out / "table3.csv", lambda p: p.write_text(as_csv(comparison), encoding="utf-8"))
+    if results:
+        save_figure(perplexity_figure(results, settings), out / "perplexity.png")
+    if runs:
+        save_figure(loss_figure(runs), out / "loss.png")
+    return comparison
+
+
+# --- what is read -------------------------------------------------------------------------------------------------
+
+
+def find(paths: list[Path]) -> tuple[list[Result], list[Run]]:
+    """The results and runs at, or up to two levels below, the paths; the same one given twice counts once."""
+    results: dict[tuple[str, ...], Result] = {}
+    runs: dict[Path, Run] = {}
+    for path in paths:
+        folders = [path, *sorted(path.glob("*")), *sorted(path.glob("*/*"))]
+        found = False
+        for folder in folders:
+            if (folder / RESULTS).is_file():
+                result = Result(folder, read_json(folder / RESULTS))
+                if result.data.get("format") != FORMAT:
+                    raise UserError(
+                        f"{folder / RESULTS} has format {result.data.get('format')} and this release reads {FORMAT}; "
+                        "use the release that wrote it, or run stream again."
+                    )
+                key = (result.data["model"]["sha256"], *sorted(result.settings))
+                if key in results and results[key].folder.resolve() != folder.resolve():
+                    warnings.warn(
+                        f"{folder} holds the same results as {results[key].folder}; shown once.", stacklevel=2
+                    )
+                results.setdefault(key, result)
+                found = True
+            if (folder / "config.yaml").is_file() and (folder / metrics.FILE).is_file():
+                runs[folder.resolve()] = Run(
+                    folder, load_yaml(RunConfig, folder / "config.yaml"), list(metrics.read(folder))
+                )
+                found = True
+        if not found:
+            raise UserError(f"{path} holds neither results of stream nor a training run.")
+    return list(results.values()), list(runs.values())
+
+
+def check_same_text(results: list[Result]) -> None:
+    """Refuse perplexities over different texts, or of runs over different numbers of tokens."""
+    for other in results[1:]:
+        first = results[0]
+        if other.data["tokens"]["sha256"] != first.data["tokens"]["sha256"]:
+            raise UserError(
+                f"{first.folder} and {other.folder} were streamed over different texts "
+                f"({first.data['tokens']['count']:,} and {other.data['tokens']['count']:,} tokens); compare results "
+                "over the same one."
+            )
+
+
+def _setting_order(name: str) -> tuple[Any, ...]:
+    """Caches by size, x, and reading of the column; the other strategies behind them."""
+    cache, _, suffix = name.partition("-")
+    start, plus, recent = cache.partition("+")
+    if plus and start.isdigit() and recent.isdigit():
+        return (0, int(start) + int(recent), int(start), suffix)
+    return (1, name)
+
+
+# --- numbers ------------------------------------------------------------------------------------------------------
+
+
+def row(result: Result, settings: list[str]) -> dict[str, Any]:
+    """One line of the table."""
+    return {
+        "mechanism": result.mechanism,
+        "name": result.name,
+        "step": result.data["model"]["step"],
+        "perplexity": {s: result.settings[s]["ppl"] for s in settings if s in result.settings},
+        "interval": {s: result.settings[s]["interval"] for s in settings if s in result.settings},
+        "paper": {
+            s: paper.value(result.mechanism, s, result.data["model"]["shape"]) for s in settings if s in result.settings
+        },
+    }
+
+
+def group(table: list[dict[str, Any]], settings: list[str]) -> list[dict[str, Any]]:
+    """Models of one mechanism, shape aside, as one row: mean and standard deviation over them (over seeds, usually)."""
+    members: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in table:
+        members[line["mechanism"]].append(line)
+    groups = []
+    for mechanism, lines in members.items():
+        cells = {}
+        for s in settings:
+            values = [line["perplexity"][s] for line in lines if s in line["perplexity"]]
+            if values:
+                spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+                of_paper = next((line["paper"][s] for line in lines if line["paper"].get(s)), None)
+                cells[s] = {"mean": float(np.mean(values)), "sd": spread, "n": len(values), "paper": of_paper}
+        groups.append({"mechanism": mechanism, "n": len(lines), "cells": cells})
+    return groups
+
+
+def differences(results: list[Result]) -> list[dict[str, Any]]:
+    """Each cache of a model against its own cache of the same size with the most initial positions, over all tokens."""
+    found = []
+    for result in results:
+        caches = {s: _setting_order(s) for s in result.settings if _setting_order(s)[0] == 0}
+        references = {size: max((s for s in caches if caches[s][1] == size), key=lambda s: caches[s][2:3]) for size in
+                      {order[1] for order in caches.values()}}  # fmt: skip
+        for setting in sorted(caches, key=_setting_order):
+            reference = references[caches[setting][1]]
+            if setting == reference:
+                continue
+            mean, low, high = paired_difference(result.nll(setting), result.nll(reference))
+            found.append(
+                {
+                    "mechanism": result.mechanism,
+                    "name": result.name,
+                    "setting": setting,
+                    "reference": reference,
+                    "nats": mean,
+                    "interval": [low, high],
+                    "percent": 100 * math.expm1(min(mean, 50.0)),
+                    "percent_interval": [100 * math.expm1(min(v, 50.0)) for v in (low, high)],
+                }
+            )
+    return found
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def number(value: float | None) -> str:
+    """A perplexity as the paper prints it: two decimals, none above 1,000."""
+    if value is None:
+        return ""
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
+
+
+def cell(entry: dict[str, Any] | None, with_paper: bool) -> str:
+    """``18.21 ± 0.05 (18.01)``: our mean, its spread over models if there are several, the paper's value."""
+    if entry is None:
+        return ""
+    text = number(entry["mean"])
+    if entry["sd"] is not None:
+        text += f" ± {number(entry['sd'])}"
+    return f"{text} ({number(entry['paper'])})" if with_paper and entry["paper"] else text
+
+
+def _heading(setting: str) -> str:
+    return setting.replace("-nocolumn", " without column")
+
+
+def markdown(c: Comparison) -> str:
+    """The table, the paired differences, the paper's table and where the numbers come from."""
+    lines = ["# Streaming perplexity", ""]
+    if c.results:
+        has_paper = c.paper and any(e["paper"] for g in c.groups for e in g["cells"].values())
+        head = ["mechanism", *map(_heading, c.settings)]
+        lines += _markdown_table(
+            head,
+            [
+                [g["mechanism"] + (f" (n={g['n']})" if g["n"] > 1 else "")]
+                + [cell(g["cells"].get(s), has_paper) for s in c.settings]
+                for g in c.groups
+            ],
+        )
+        first = c.results[0].data
+        lines += ["", "In parentheses: " + paper.CITATION + "." if has_paper else ""]
+        lines += [
+            f"{first['tokens']['count']:,} tokens (sha256 {first['tokens']['sha256'][:12]}), {first['convention']}.",
+            f"{first['dtype']}, {first['device']}, torch {first['versions']['torch']}.",
+        ]
+        if c.differences:
+            lines += ["", "## Against the most initial positions", ""]
+            lines += ["Paired over the same tokens; 95 % interval from a bootstrap over blocks of text.", ""]
+            lines += _markdown_table(
+                ["model", "setting", "against", "perplexity", "95 %"],
+                [
+                    [
+                        d["name"],
+                        _heading(d["setting"]),
+                        d["reference"],
+                        f"{d['percent']:+.2f} %",
+                        "{:+.2f} to {:+.2f} %".format(*d["percent_interval"]),
+                    ]
+                    for d in c.differences
+                ],
+            )
+        if c.paper and not has_paper:
+            lines += ["", f"## The paper's table ({paper.CITATION})", ""]
+            settings = list(next(iter(paper.TABLE_3.values())))
+            lines += _markdown_table(
+                ["mechanism", *settings],
+                [[m, *(number(values[s]) for s in settings)] for m, values in paper.TABLE_3.items()],
+            )
+    if c.runs:
+        lines += ["", "## Training", ""]
+        lines += _markdown_table(
+            ["run", "mechanism", "steps", "training loss", "validation loss", "tokens/s"], [_run_row(r) for r in c.runs]
+        )
+        lines += ["", "Validation loss is over the targets that every mechanism has."]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _run_row(run: Run) -> list[str]:
+    steps, losses = run.curve("train")
+    _, validation = run.curve("validation")
+    rates = [line["tokens_per_second"] for line in run.lines if "tokens_per_second" in line]
+    return [
+        run.config.name or run.folder.name,
+        label(run.config.sink),
+        f"{steps[-1]:,}" if steps else "0",
+        f"{np.mean(losses[-20:]):.3f}" if losses else "",
+        f"{validation[-1]:.4f}" if validation else "",
+        f"{np.median(rates):,.0f}" if rates else "",
+    ]
+
+
+def _markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    line = "|" + "---|" * len(head)
+    return [f"| {' | '.join(r)} |" for r in [head]] + [line] + [f"| {' | '.join(r)} |" for r in rows]
+
+
+def as_csv(c: Comparison) -> str:
+    """Long form: one line per model and setting, with interval and the paper's value."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["mechanism", "name", "step", "setting", "perplexity", "low", "high", "paper"])
+    for line in c.table:
+        for s, value in line["perplexity"].items():
+            low, high = line["interval"][s]
+            writer.writerow(
+                [line["mechanism"], line["name"], line["step"], s, value, low, high, line["paper"][s] or ""]
+            )
+    return text.getvalue()
+
+
+def as_json(c: Comparison) -> dict[str, Any]:
+    """Every number with where it comes from."""
+    return {
+        "settings": c.settings,
+        "table": c.table,
+        "groups": c.groups,
+        "differences": c.differences,
+        "provenance": [
+            {"folder": str(r.folder)} | {k: v for k, v in r.data.items() if k not in ("format", "settings")}
+            for r in c.results
+        ],
+        "runs": [{"folder": str(r.folder), "name": r.config.name} for r in c.runs],
+        "versions": versions(),
+    }
+
+
+def print_table(c: Comparison, console: Console) -> None:
+    """The table in the terminal."""
+    has_paper = c.paper and any(e["paper"] for g in c.groups for e in g["cells"].values())
+    if c.results:
+        title = "streaming perplexity" + (f" (in parentheses: {paper.CITATION})" if has_paper else "")
+        table = Table("mechanism", *map(_heading, c.settings), title=title)
+        for g in c.groups:
+            table.add_row(g["mechanism"], *(cell(g["cells"].get(s), has_paper) for s in c.settings))
+        console.print(table)
+    if c.results and c.paper and not has_paper:
+        settings = list(next(iter(paper.TABLE_3.values())))
+        table = Table("mechanism", *settings, title=f"for comparison, {paper.CITATION} (160M parameters)")
+        for mechanism, values in paper.TABLE_3.items():
+            table.add_row(mechanism, *(number(values[s]) for s in settings))
+        console.print(table)
+
+
+# --- figures ------------------------------------------------------------------------------------------------------
+
+
+def running_perplexity(nll: NDArray[np.float32], points: int = 200) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Token positions and the perplexity of all tokens up to there."""
+    ends = np.unique(np.geomspace(min(16, len(nll)), len(nll), points).astype(np.int64))
+    sums = np.cumsum(nll, dtype=np.float64)[ends - 1]
+    return ends.astype(np.float64), np.exp(np.minimum(sums / ends, 700.0))
+
+
+def perplexity_figure(results: list[Result], settings: list[str]) -> Figure:
+    """Perplexity up to a position, one panel per setting and one line per model."""
+    columns = min(4, len(settings))
+    rows = -(-len(settings) // columns)
+    figure = Figure(figsize=(1.2 + 3.1 * columns, 1.0 + 2.7 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axis in axes.flat[len(settings) :]:
+        axis.set_visible(False)
+    for axis, setting in zip(axes.flat, settings, strict=False):
+        for number_, result in enumerate(results):
+            if setting in result.settings:
+                x, y = running_perplexity(result.nll(setting))
+                axis.plot(x, y, color=COLOURS[number_ % len(COLOURS)], linewidth=1.6, label=_legend(result, results))
+        axis.set_title(_heading(setting), fontsize=10)
+        _tidy(axis)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+    for axis in axes[-1]:
+        axis.set_xlabel("tokens read")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("perplexity so far")
+    lines: dict[str, Any] = {}
+    for axis in axes.flat:
+        for handle, text in zip(*axis.get_legend_handles_labels(), strict=True):
+            lines.setdefault(text, handle)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(4, len(lines)), frameon=False)
+    return figure
+
+
+def _legend(result: Result, results: list[Result]) -> str:
+    """The mechanism, with the run's name where several models share one."""
+    alone = sum(r.mechanism == result.mechanism for r in results) == 1
+    return result.mechanism if alone else f"{result.mechanism}: {result.name}"
+
+
+def loss_figure(runs: list[Run]) -> Figure:
+    """Training loss (a running mean) and validation loss (points) of each run."""
+    figure = Figure(figsize=(7.5, 4.4), layout="constrained")
+    axis = figure.subplots()
+    for number_, run in enumerate(runs):
+        colour = COLOURS[number_ % len(COLOURS)]
+        steps, losses = run.curve("train")
+        width = max(1, len(losses) // 100)
+        if losses:
+            smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+            axis.plot(steps[width - 1 :], smooth, color=colour, linewidth=1.4, label=run.config.name or run.folder.name)
+        validation_steps, validation = run.curve("validation")
+        axis.plot(validation_steps, validation, "o", color=colour, markersize=4, markerfacecolor="white")
+    axis.set_xlabel("optimizer step")
+    axis.set_ylabel("loss, nats per token")
+    axis.set_title("training loss (lines) and validation loss (circles)", fontsize=10)
+    _tidy(axis)
+    axis.legend(frameon=False)
+    return figure
+
+
+def _tidy(axis: Axes) -> None:
+    axis.grid(True, which="both", color="#dddddd", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG atomically."""
+    FigureCanvasAgg(figure)
+    write_atomically(path, lambda p: figure.savefig(p, format="png", dpi=150))
+
+
+def log_to_wandb(c: Comparison, mode: Literal["online", "offline"], project: str) -> None:
+    """The table and the figures as one wandb run."""
+    import wandb
+
+    with wandb.init(project=project, job_type="compare", mode=mode, dir=str(c.out)) as run:
+        rows = [[line["mechanism"], line["name"], s, v] for line in c.table for s, v in line["perplexity"].items()]
+        run.log({"table3": wandb.Table(columns=["mechanism", "name", "setting", "perplexity"], data=rows)})
+        for figure in ("perplexity", "loss"):
+            if (c.out / f"{figure}.png").is_file():
+                run.log({figure: wandb.Image(str(c.out / f"{figure}.png"))})
