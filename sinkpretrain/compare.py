@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -391,30 +392,34 @@ def running_perplexity(nll: NDArray[np.float32], points: int = 200) -> tuple[NDA
 
 
 def perplexity_figure(results: list[Result], settings: list[str]) -> Figure:
-    """Perplexity up to a position, one panel per setting and one line per model."""
-    columns = min(4, len(settings))
-    rows = -(-len(settings) // columns)
-    figure = Figure(figsize=(1.2 + 3.1 * columns, 1.0 + 2.7 * rows), layout="constrained")
+    """Perplexity up to a position: one panel per cache, one line per model, dashed where a column was left out."""
+    panels = list(dict.fromkeys(s.removesuffix("-nocolumn") for s in settings))
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(1.2 + 3.1 * columns, 1.0 + 2.9 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for axis in axes.flat[len(settings) :]:
-        axis.set_visible(False)
-    for axis, setting in zip(axes.flat, settings, strict=False):
+    lines: dict[str, Any] = {}
+    for place, (axis, panel) in enumerate(zip(axes.flat, panels, strict=False)):
         for number_, result in enumerate(results):
-            if setting in result.settings:
-                x, y = running_perplexity(result.nll(setting))
-                axis.plot(x, y, color=COLOURS[number_ % len(COLOURS)], linewidth=1.6, label=_legend(result, results))
-        axis.set_title(_heading(setting), fontsize=10)
+            for setting, style in ((panel, "-"), (f"{panel}-nocolumn", "--")):
+                if setting in result.settings:
+                    x, y = running_perplexity(result.nll(setting))
+                    (line,) = axis.plot(x, y, style, color=COLOURS[number_ % len(COLOURS)], linewidth=1.6)
+                    text = _legend(result, results) + (" without column" if style == "--" else "")
+                    lines.setdefault(text, line)
+        axis.set_title(panel, fontsize=10)
         _tidy(axis)
         axis.set_xscale("log")
         axis.set_yscale("log")
-    for axis in axes[-1]:
-        axis.set_xlabel("tokens read")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("perplexity so far")
-    lines: dict[str, Any] = {}
-    for axis in axes.flat:
-        for handle, text in zip(*axis.get_legend_handles_labels(), strict=True):
-            lines.setdefault(text, handle)
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+        axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if f"{v:.0e}"[0] in "25" else ""))
+        if place + columns >= len(panels):  # nothing below it
+            axis.set_xlabel("tokens read")
+            axis.tick_params(labelbottom=True)
+        if place % columns == 0:
+            axis.set_ylabel("perplexity so far")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(4, len(lines)), frameon=False)
     return figure
 

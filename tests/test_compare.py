@@ -1,0 +1,180 @@
+"""The comparison: exact tables, the paper only where it belongs, and what cannot be compared."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from sinkpretrain.compare import compare, log_to_wandb, number, running_perplexity
+from sinkpretrain.errors import UserError
+
+PYTHIA = {"n_layer": 12, "d_model": 768, "context": 2048}
+TINY = {"n_layer": 4, "d_model": 128, "context": 128}
+
+
+def make_result(
+    folder: Path, mechanism: str, ppl: dict[str, float], shape: dict[str, int] = PYTHIA, text: str = "t", name: str = ""
+) -> Path:
+    """A result folder whose losses have exactly these perplexities, with noise that all settings share."""
+    noise = np.random.default_rng(0).normal(0, 0.5, 8191)
+    noise -= noise.mean()
+    settings: dict[str, Any] = {}
+    for setting, value in ppl.items():
+        (folder / setting).mkdir(parents=True)
+        np.save(folder / setting / "nll.npy", (np.log(value) + noise).astype(np.float32))
+        settings[setting] = {"ppl": value, "interval": [value * 0.99, value * 1.01], "file": f"{setting}/nll.npy"}
+    data = {
+        "format": 1,
+        "model": {
+            "path": "p",
+            "name": name or folder.name,
+            "sha256": f"{mechanism}{name}",
+            "step": 10,
+            "mechanism": mechanism,
+            "shape": shape,
+        },
+        "tokens": {"path": "x", "sha256": f"{text}-hash-0123456789", "count": 8192},
+        "settings": settings,
+        "convention": "cache x+y",
+        "positions": "in-cache",
+        "dtype": "float32",
+        "device": "cpu",
+        "versions": {"torch": "2.13.0"},
+        "commit": "abc",
+        "created": "2026-01-01T00:00:00+00:00",
+    }
+    (folder / "results.json").write_text(json.dumps(data))
+    return folder
+
+
+@pytest.fixture
+def table3(tmp_path: Path) -> list[Path]:
+    return [
+        make_result(tmp_path / "a", "vanilla", {"0+1024": 28.5, "4+1020": 18.25}),
+        make_result(
+            tmp_path / "b", "zero_sink", {"0+1024": 25000.0, "0+1024-nocolumn": 31000.0, "1+1023": 20.0, "4+1020": 18.0}
+        ),
+        make_result(tmp_path / "c", "sink_tokens(n=1)", {"0+1024": 1200.0, "1+1023": 18.1, "4+1020": 18.2}),
+    ]
+
+
+def test_table_with_the_papers_numbers_beside_ours(table3: list[Path], tmp_path: Path) -> None:
+    compare(table3, tmp_path / "out")
+    lines = (tmp_path / "out" / "table3.md").read_text().splitlines()
+    assert lines[2:7] == [
+        "| mechanism | 0+1024 | 0+1024 without column | 1+1023 | 4+1020 |",
+        "|---|---|---|---|---|",
+        "| vanilla | 28.50 (27.87) |  |  | 18.25 (18.05) |",
+        "| zero_sink | 25,000 (29,214) | 31,000 (29,214) | 20.00 (19.90) | 18.00 (18.01) |",
+        "| sink_tokens(n=1) | 1,200 (1,235) |  | 18.10 (18.01) | 18.20 (18.02) |",
+    ]
+    text = "\n".join(lines)
+    assert "| a | 0+1024 | 4+1020 | +56.16 % | +56.16 to +56.16 % |" in text  # 28.5 / 18.25
+    assert "sha256 t-hash-01234" in text
+    rows = (tmp_path / "out" / "table3.csv").read_text().splitlines()
+    assert rows[0] == "mechanism,name,step,setting,perplexity,low,high,paper"
+    assert "vanilla,a,10,4+1020,18.25,18.0675,18.4325,18.05" in rows
+    whole = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert whole["provenance"][0]["model"]["sha256"] == "vanilla"
+
+
+def test_the_paper_stands_below_where_the_setting_is_not_its(tmp_path: Path) -> None:
+    result = make_result(tmp_path / "a", "vanilla", {"0+64": 28.5, "4+60": 18.25}, shape=TINY)
+    compare([result], tmp_path / "out")
+    text = (tmp_path / "out" / "table3.md").read_text()
+    assert "| vanilla | 28.50 | 18.25 |" in text
+    assert "## The paper's table" in text
+    assert "29,214" in text
+    compare([result], tmp_path / "bare", paper=False)
+    assert "29,214" not in (tmp_path / "bare" / "table3.md").read_text()
+
+
+def test_the_papers_cache_on_another_model_is_not_the_papers_setting(tmp_path: Path) -> None:
+    compare([make_result(tmp_path / "a", "vanilla", {"4+1020": 20.0}, shape=TINY)], tmp_path / "out")
+    assert "| vanilla | 20.00 |" in (tmp_path / "out" / "table3.md").read_text()
+
+
+def test_seeds_become_mean_and_deviation(tmp_path: Path) -> None:
+    for seed, value in enumerate((18.0, 19.0, 20.0)):
+        make_result(tmp_path / "seeds" / str(seed), "vanilla", {"4+60": value}, shape=TINY, name=f"s{seed}")
+    compare([tmp_path / "seeds"], tmp_path / "out")
+    text = (tmp_path / "out" / "table3.md").read_text()
+    assert "| vanilla (n=3) | 19.00 ± 1.00 |" in text
+    assert len((tmp_path / "out" / "table3.csv").read_text().splitlines()) == 4
+
+
+def test_figures_show_something(table3: list[Path], tmp_path: Path) -> None:
+    compare(table3, tmp_path / "out")
+    image = imread(tmp_path / "out" / "perplexity.png")
+    assert image.shape[0] > 400
+    assert image.shape[1] > 1000
+    assert image[..., :3].std() > 0.02
+    assert not (tmp_path / "out" / "loss.png").exists()
+
+
+def test_running_perplexity() -> None:
+    x, y = running_perplexity(np.full(1000, np.log(7.0), dtype=np.float32))
+    assert x[-1] == 1000
+    assert y == pytest.approx(np.full(len(y), 7.0), rel=1e-5)
+
+
+def test_other_text_is_refused(tmp_path: Path) -> None:
+    a = make_result(tmp_path / "a", "vanilla", {"4+60": 18.0})
+    b = make_result(tmp_path / "b", "zero_sink", {"4+60": 18.0}, text="u")
+    with pytest.raises(UserError, match=rf"{a} and {b} were streamed over different texts"):
+        compare([a, b], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_and_foreign_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds neither results"):
+        compare([tmp_path], tmp_path / "out")
+    a = make_result(tmp_path / "a", "vanilla", {"4+60": 18.0})
+    (a / "4+60" / "nll.npy").unlink()
+    with pytest.raises(UserError, match=r"cannot read the losses .*nll\.npy"):
+        compare([a], tmp_path / "out")
+    b = make_result(tmp_path / "b", "vanilla", {"4+60": 18.0})
+    (b / "results.json").write_text((b / "results.json").read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(UserError, match="has format 2"):
+        compare([b], tmp_path / "out")
+
+
+def test_the_same_result_twice_counts_once(tmp_path: Path) -> None:
+    a = make_result(tmp_path / "a", "vanilla", {"4+60": 18.0})
+    assert len(compare([a, a, tmp_path], tmp_path / "out").results) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(18.049, "18.05"), (999.994, "999.99"), (29213.7, "29,214"), (3.2e7, "3.2e+07"), (None, "")]
+)
+def test_numbers_are_printed_as_the_paper_does(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+def test_wandb_gets_table_and_figures(table3: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: dict[str, Any] = {}
+
+    class FakeRun:
+        def __enter__(self) -> FakeRun:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def log(self, values: dict[str, Any]) -> None:
+            logged.update(values)
+
+    fake = types.SimpleNamespace(
+        init=lambda **kwargs: FakeRun(), Table=lambda columns, data: data, Image=lambda path: Path(path).name
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    log_to_wandb(compare(table3, tmp_path / "out"), "offline", "p")
+    assert logged["perplexity"] == "perplexity.png"
+    assert ["vanilla", "a", "4+1020", 18.25] in logged["table3"]
