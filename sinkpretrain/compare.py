@@ -26,7 +26,7 @@ from sinkpretrain.errors import UserError
 from sinkpretrain.evaluate import FORMAT, RESULTS
 from sinkpretrain.files import read_json, write_atomically, write_json
 from sinkpretrain.provenance import versions
-from sinkpretrain.sinks import label
+from sinkpretrain.sinks import REGISTRY, label
 from sinkpretrain.statistics import paired_difference
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
@@ -153,7 +153,11 @@ def find(paths: list[Path]) -> tuple[list[Result], list[Run]]:
                 found = True
         if not found:
             raise UserError(f"{path} holds neither results of stream nor a training run.")
-    return list(results.values()), list(runs.values())
+    order = {mechanism: place for place, mechanism in enumerate(REGISTRY)}
+    return (
+        sorted(results.values(), key=lambda r: (order.get(r.mechanism.partition("(")[0], len(order)), r.mechanism)),
+        sorted(runs.values(), key=lambda r: (order.get(r.config.sink.mechanism, len(order)), label(r.config.sink))),
+    )
 
 
 def check_same_text(results: list[Result]) -> None:
