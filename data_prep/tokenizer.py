@@ -138,7 +138,7 @@ class EncodedBatch:
     Attributes:
         ids: uint16 or int32 [sum(sizes)]
         sizes: int64 [documents]
-        keys: uint64 [documents], seeded hash of each document's ids
+        keys: uint64 [documents], seeded hash of each document's text
         skipped: documents left out because they were empty or one token long
     """
 
@@ -168,21 +168,24 @@ class Encoder:
         """Encode whole documents, each closed by the end-of-document token."""
         encoded = self._encode(texts)
         kept = [np.array([*ids, self._eod_id], dtype=self._dtype) for ids in encoded if len(ids) > 1]
+        kept_texts = [text for text, ids in zip(texts, encoded, strict=True) if len(ids) > 1]
         return EncodedBatch(
             ids=np.concatenate(kept) if kept else np.empty(0, dtype=self._dtype),
             sizes=np.array([len(ids) for ids in kept], dtype=np.int64),
-            keys=np.array([self._key(ids) for ids in kept], dtype=np.uint64),
+            keys=np.array([self._key(text) for text in kept_texts], dtype=np.uint64),
             skipped=len(encoded) - len(kept),
         )
 
     def part(self, text: str, last: bool) -> EncodedBatch:
         """Encode a part of a document too long to travel whole; the last part closes it."""
         ids = np.array(self._encode([text])[0] + [self._eod_id] * last, dtype=self._dtype)
-        return EncodedBatch(ids, np.array([len(ids)]), np.array([self._key(ids)], dtype=np.uint64), skipped=0)
+        return EncodedBatch(ids, np.array([len(ids)]), np.array([self._key(text)], dtype=np.uint64), skipped=0)
 
-    def _key(self, ids: NDArray[Any]) -> int:
+    def _key(self, text: str) -> int:
+        """Of the text, not of its ids: the same documents are held out whatever the tokenizer."""
         salt = self._seed.to_bytes(16, "little", signed=True)
-        return int.from_bytes(blake2b(ids.tobytes(), digest_size=8, salt=salt).digest(), "little")
+        content = text.encode("utf-8", "surrogatepass")
+        return int.from_bytes(blake2b(content, digest_size=8, salt=salt).digest(), "little")
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Ids per text. Fragments are encoded and joined again, which `splits_at_words` makes exact."""

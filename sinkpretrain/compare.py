@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,10 +36,16 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 
 @dataclass(frozen=True)
 class Result:
-    """One model over one text, as ``sinkpretrain stream`` left it."""
+    """One model over one text, as ``sinkpretrain stream`` left it, in one folder or in several.
+
+    files: the losses of each setting.
+    sources: the content of each results file that something is shown from, with its folder.
+    """
 
     folder: Path
     data: dict[str, Any]
+    files: dict[str, Path]
+    sources: list[dict[str, Any]]
 
     @property
     def mechanism(self) -> str:
@@ -53,13 +60,30 @@ class Result:
         settings: dict[str, dict[str, Any]] = self.data["settings"]
         return settings
 
+    @property
+    def tokens(self) -> dict[str, Any]:
+        tokens: dict[str, Any] = self.data["tokens"]
+        return tokens
+
+    def ppl(self, setting: str) -> float:
+        """Perplexity; JSON has null where it is not a number, or infinite although the mean loss is one."""
+        value = self.settings[setting]["ppl"]
+        if value is not None:
+            return float(value)
+        return math.nan if self.settings[setting].get("nll") is None else math.inf
+
     def nll(self, setting: str) -> NDArray[np.float32]:
-        """Losses, float32 [tokens - 1]; raises UserError if the file is gone."""
-        path = self.folder / self.settings[setting]["file"]
+        """Losses, float32 [tokens - 1]; raises UserError if the file is gone or holds those of another text."""
+        path = self.files[setting]
         try:
             values: NDArray[np.float32] = np.load(path)
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:
             raise UserError(f"cannot read the losses {path}: {error}; run stream again.") from error
+        if values.shape != (self.tokens["count"] - 1,):
+            raise UserError(
+                f"{path} holds losses of shape {values.shape}, not the {self.tokens['count'] - 1} of its text; "
+                "run stream again."
+            )
         return values
 
 
@@ -104,20 +128,21 @@ def compare(paths: list[Path], out: Path, paper: bool = True) -> Comparison:
         paper: put the paper's numbers beside ours, or below where the settings differ.
 
     Raises:
-        UserError: nothing to compare, or results over different texts.
+        UserError: nothing to compare, results over different texts, or losses that cannot be read.
     """
     results, runs = find(paths)
-    check_same_text(results)
     settings = sorted({s for r in results for s in r.settings}, key=_setting_order)
     table = [row(r, settings) for r in results]
     comparison = Comparison(out, results, runs, settings, table, group(table, settings), differences(results), paper)
+    # All losses are read before anything is written, so that a file that is gone leaves nothing half done.
+    figures = {"perplexity": perplexity_figure(results, settings)} if results else {}
+    if runs:
+        figures["loss"] = loss_figure(runs)
     write_json(out / "comparison.json", as_json(comparison))
     write_atomically(out / "table3.md", lambda p: p.write_text(markdown(comparison), encoding="utf-8"))
     write_atomically(out / "table3.csv", lambda p: p.write_text(as_csv(comparison), encoding="utf-8"))
-    if results:
-        save_figure(perplexity_figure(results, settings), out / "perplexity.png")
-    if runs:
-        save_figure(loss_figure(runs), out / "loss.png")
+    for name, figure in figures.items():
+        save_figure(figure, out / f"{name}.png")
     return comparison
 
 
@@ -126,25 +151,14 @@ def compare(paths: list[Path], out: Path, paper: bool = True) -> Comparison:
 
 def find(paths: list[Path]) -> tuple[list[Result], list[Run]]:
     """The results and runs at, or up to two levels below, the paths; the same one given twice counts once."""
-    results: dict[tuple[str, ...], Result] = {}
+    results: dict[Path, Result] = {}
     runs: dict[Path, Run] = {}
     for path in paths:
         folders = [path, *sorted(path.glob("*")), *sorted(path.glob("*/*"))]
         found = False
         for folder in folders:
             if (folder / RESULTS).is_file():
-                result = Result(folder, read_json(folder / RESULTS))
-                if result.data.get("format") != FORMAT:
-                    raise UserError(
-                        f"{folder / RESULTS} has format {result.data.get('format')} and this release reads {FORMAT}; "
-                        "use the release that wrote it, or run stream again."
-                    )
-                key = (result.data["model"]["sha256"], *sorted(result.settings))
-                if key in results and results[key].folder.resolve() != folder.resolve():
-                    warnings.warn(
-                        f"{folder} holds the same results as {results[key].folder}; shown once.", stacklevel=2
-                    )
-                results.setdefault(key, result)
+                results.setdefault(folder.resolve(), read_result(folder))
                 found = True
             if (folder / "config.yaml").is_file() and (folder / metrics.FILE).is_file():
                 runs[folder.resolve()] = Run(
@@ -153,21 +167,65 @@ def find(paths: list[Path]) -> tuple[list[Result], list[Run]]:
                 found = True
         if not found:
             raise UserError(f"{path} holds neither results of stream nor a training run.")
+    # Before models are merged: the same model over another text is not the same result.
+    check_same_text(list(results.values()))
+    models = merge(list(results.values()))
     order = {mechanism: place for place, mechanism in enumerate(REGISTRY)}
     return (
-        sorted(results.values(), key=lambda r: (order.get(r.mechanism.partition("(")[0], len(order)), r.mechanism)),
+        sorted(models, key=lambda r: (order.get(r.mechanism.partition("(")[0], len(order)), r.mechanism)),
         sorted(runs.values(), key=lambda r: (order.get(r.config.sink.mechanism, len(order)), label(r.config.sink))),
     )
 
 
+def read_result(folder: Path) -> Result:
+    """The results in a folder; raises UserError for another release's format or a file of something else."""
+    path = folder / RESULTS
+    data = read_json(path)
+    if not isinstance(data, dict) or not data.keys() >= {"format", "model", "tokens", "settings"}:
+        raise UserError(f"{path} was not written by sinkpretrain stream; name the folder that stream wrote.")
+    if data["format"] != FORMAT:
+        raise UserError(
+            f"{path} has format {data['format']} and this release reads {FORMAT}; "
+            "use the release that wrote it, or run stream again."
+        )
+    files = {s: folder / entry["file"] for s, entry in data["settings"].items()}
+    return Result(folder, data, files, [{"folder": str(folder)} | data])
+
+
+def merge(results: list[Result]) -> list[Result]:
+    """One result per model: settings streamed into several folders come together, one found twice counts once."""
+    models: dict[str, Result] = {}
+    for result in results:
+        sha256 = result.data["model"]["sha256"]
+        if sha256 not in models:
+            models[sha256] = result
+            continue
+        first = models[sha256]
+        twice = [s for s in result.settings if s in first.settings]
+        if twice:
+            warnings.warn(
+                f"{result.folder} holds {', '.join(twice)} of the same model as {first.folder}; "
+                f"shown once, from {first.folder}.",
+                stacklevel=2,
+            )
+        new = {s: entry for s, entry in result.settings.items() if s not in first.settings}
+        models[sha256] = Result(
+            first.folder,
+            first.data | {"settings": first.settings | new},
+            result.files | first.files,
+            first.sources + ([result.sources[0] | {"settings": new}] if new else []),
+        )
+    return list(models.values())
+
+
 def check_same_text(results: list[Result]) -> None:
-    """Refuse perplexities over different texts, or of runs over different numbers of tokens."""
+    """Refuse perplexities over different tokens: another hash, or another number of them."""
     for other in results[1:]:
         first = results[0]
-        if other.data["tokens"]["sha256"] != first.data["tokens"]["sha256"]:
+        if any(other.tokens[key] != first.tokens[key] for key in ("sha256", "count")):
             raise UserError(
                 f"{first.folder} and {other.folder} were streamed over different texts "
-                f"({first.data['tokens']['count']:,} and {other.data['tokens']['count']:,} tokens); compare results "
+                f"({first.tokens['count']:,} and {other.tokens['count']:,} tokens); compare results "
                 "over the same one."
             )
 
@@ -190,7 +248,8 @@ def row(result: Result, settings: list[str]) -> dict[str, Any]:
         "mechanism": result.mechanism,
         "name": result.name,
         "step": result.data["model"]["step"],
-        "perplexity": {s: result.settings[s]["ppl"] for s in settings if s in result.settings},
+        "shape": result.data["model"]["shape"],
+        "perplexity": {s: result.ppl(s) for s in settings if s in result.settings},
         "interval": {s: result.settings[s]["interval"] for s in settings if s in result.settings},
         "paper": {
             s: paper.value(result.mechanism, s, result.data["model"]["shape"]) for s in settings if s in result.settings
@@ -199,21 +258,35 @@ def row(result: Result, settings: list[str]) -> dict[str, Any]:
 
 
 def group(table: list[dict[str, Any]], settings: list[str]) -> list[dict[str, Any]]:
-    """Models of one mechanism, shape aside, as one row: mean and standard deviation over them (over seeds, usually)."""
+    """Models that differ in their seed only, as one row: mean and standard deviation over them.
+
+    Another shape or another number of steps is another row, named after its models.
+    """
     members: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in table:
-        members[line["mechanism"]].append(line)
+        members[json.dumps([line["mechanism"], line["shape"], line["step"]], sort_keys=True)].append(line)
+    rows_of = Counter(lines[0]["mechanism"] for lines in members.values())
     groups = []
-    for mechanism, lines in members.items():
+    for lines in members.values():
         cells = {}
         for s in settings:
             values = [line["perplexity"][s] for line in lines if s in line["perplexity"]]
             if values:
-                spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+                with np.errstate(invalid="ignore"):  # the deviation of infinities is nan, and shown as that
+                    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
                 of_paper = next((line["paper"][s] for line in lines if line["paper"].get(s)), None)
                 cells[s] = {"mean": float(np.mean(values)), "sd": spread, "n": len(values), "paper": of_paper}
-        groups.append({"mechanism": mechanism, "n": len(lines), "cells": cells})
+        mechanism = lines[0]["mechanism"]
+        title = mechanism if rows_of[mechanism] == 1 else _full_name(lines)
+        groups.append({"mechanism": mechanism, "title": title, "n": len(lines), "cells": cells})
     return groups
+
+
+def _full_name(lines: list[dict[str, Any]]) -> str:
+    """``vanilla: small, step 500``: what tells a row from others of its mechanism."""
+    names = ", ".join(dict.fromkeys(line["name"] for line in lines))
+    step = lines[0]["step"]
+    return f"{lines[0]['mechanism']}: {names}" + (f", step {step:,}" if step is not None else "")
 
 
 def differences(results: list[Result]) -> list[dict[str, Any]]:
@@ -263,6 +336,10 @@ def cell(entry: dict[str, Any] | None, with_paper: bool) -> str:
     return f"{text} ({number(entry['paper'])})" if with_paper and entry["paper"] else text
 
 
+def _row_title(entry: dict[str, Any]) -> str:
+    return str(entry["title"]) + (f" (n={entry['n']})" if entry["n"] > 1 else "")
+
+
 def _heading(setting: str) -> str:
     return setting.replace("-nocolumn", " without column")
 
@@ -275,28 +352,21 @@ def markdown(c: Comparison) -> str:
         head = ["mechanism", *map(_heading, c.settings)]
         lines += _markdown_table(
             head,
-            [
-                [g["mechanism"] + (f" (n={g['n']})" if g["n"] > 1 else "")]
-                + [cell(g["cells"].get(s), has_paper) for s in c.settings]
-                for g in c.groups
-            ],
+            [[_row_title(g)] + [cell(g["cells"].get(s), has_paper) for s in c.settings] for g in c.groups],
         )
-        first = c.results[0].data
-        lines += ["", "In parentheses: " + paper.CITATION + "." if has_paper else ""]
-        lines += [
-            f"{first['tokens']['count']:,} tokens (sha256 {first['tokens']['sha256'][:12]}), {first['convention']}.",
-            f"{first['dtype']}, {first['device']}, torch {first['versions']['torch']}.",
-        ]
+        lines += ["", *(["In parentheses: " + paper.CITATION + "."] if has_paper else [])]
+        lines += _conditions(c)
         if c.differences:
             lines += ["", "## Against the most initial positions", ""]
             lines += ["Paired over the same tokens; 95 % interval from a bootstrap over blocks of text.", ""]
             lines += _markdown_table(
-                ["model", "setting", "against", "perplexity", "95 %"],
+                ["model", "setting", "against", "nats", "perplexity", "95 %"],
                 [
                     [
                         d["name"],
                         _heading(d["setting"]),
                         d["reference"],
+                        f"{d['nats']:+.4f}",
                         f"{d['percent']:+.2f} %",
                         "{:+.2f} to {:+.2f} %".format(*d["percent_interval"]),
                     ]
@@ -317,6 +387,23 @@ def markdown(c: Comparison) -> str:
         )
         lines += ["", "Validation loss is over the targets that every mechanism has."]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _conditions(c: Comparison) -> list[str]:
+    """How the numbers were made; where results differ every value is named, for a reader must know of the mixture."""
+    sources = [source for r in c.results for source in r.sources]
+    # A folder may have been filled in several goes: a setting knows its own precision.
+    dtypes = [entry.get("dtype", source["dtype"]) for source in sources for entry in source["settings"].values()]
+    conventions, devices = ([source[key] for source in sources] for key in ("convention", "device"))
+    torches = [source["versions"]["torch"] for source in sources]
+    convention, dtype, device, torch = (
+        " and ".join(dict.fromkeys(values)) for values in (conventions, dtypes, devices, torches)
+    )
+    tokens = c.results[0].tokens
+    return [
+        f"{tokens['count']:,} tokens (sha256 {tokens['sha256'][:12]}), {convention}.",
+        f"{dtype}, {device}, torch {torch}.",
+    ]
 
 
 def _run_row(run: Run) -> list[str]:
@@ -353,19 +440,41 @@ def as_csv(c: Comparison) -> str:
 
 
 def as_json(c: Comparison) -> dict[str, Any]:
-    """Every number with where it comes from."""
-    return {
+    """Every number with where it comes from; what is not finite is null, for most readers cannot parse it."""
+    content = {
         "settings": c.settings,
         "table": c.table,
         "groups": c.groups,
         "differences": c.differences,
-        "provenance": [
-            {"folder": str(r.folder)} | {k: v for k, v in r.data.items() if k not in ("format", "settings")}
-            for r in c.results
-        ],
-        "runs": [{"folder": str(r.folder), "name": r.config.name} for r in c.runs],
+        "provenance": [source for r in c.results for source in r.sources],
+        "runs": [_run_as_json(r) for r in c.runs],
         "versions": versions(),
     }
+    finite: dict[str, Any] = _finite(content)
+    return finite
+
+
+def _run_as_json(run: Run) -> dict[str, Any]:
+    steps, losses = run.curve("train")
+    _, validation = run.curve("validation")
+    return {
+        "folder": str(run.folder),
+        "name": run.config.name,
+        "mechanism": label(run.config.sink),
+        "steps": steps[-1] if steps else 0,
+        "training_loss": float(np.mean(losses[-20:])) if losses else None,
+        "validation_loss": validation[-1] if validation else None,
+        "provenance": read_json(run.folder / "run.json") if (run.folder / "run.json").is_file() else None,
+    }
+
+
+def _finite(value: Any) -> Any:
+    """The same data with null for every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(c: Comparison, console: Console) -> None:
@@ -375,7 +484,7 @@ def print_table(c: Comparison, console: Console) -> None:
         title = "streaming perplexity" + (f" (in parentheses: {paper.CITATION})" if has_paper else "")
         table = Table("mechanism", *map(_heading, c.settings), title=title)
         for g in c.groups:
-            table.add_row(g["mechanism"], *(cell(g["cells"].get(s), has_paper) for s in c.settings))
+            table.add_row(_row_title(g), *(cell(g["cells"].get(s), has_paper) for s in c.settings))
         console.print(table)
     if c.results and c.paper and not has_paper:
         settings = list(next(iter(paper.TABLE_3.values())))
@@ -415,8 +524,8 @@ def perplexity_figure(results: list[Result], settings: list[str]) -> Figure:
         _tidy(axis)
         axis.set_xscale("log")
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
-        axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if f"{v:.0e}"[0] in "25" else ""))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
+        axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: _tick(v) if f"{v:.0e}"[0] in "25" else ""))
         if place + columns >= len(panels):  # nothing below it
             axis.set_xlabel("tokens read")
             axis.tick_params(labelbottom=True)
@@ -428,10 +537,14 @@ def perplexity_figure(results: list[Result], settings: list[str]) -> Figure:
     return figure
 
 
+def _tick(value: float) -> str:
+    return f"{value:,.0f}" if value < 1e6 else f"{value:.0e}"
+
+
 def _legend(result: Result, results: list[Result]) -> str:
-    """The mechanism, with the run's name where several models share one."""
+    """The mechanism, with the run's name and step where several models share one."""
     alone = sum(r.mechanism == result.mechanism for r in results) == 1
-    return result.mechanism if alone else f"{result.mechanism}: {result.name}"
+    return result.mechanism if alone else _full_name([row(result, [])])
 
 
 def loss_figure(runs: list[Run]) -> Figure:

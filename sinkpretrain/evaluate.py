@@ -195,7 +195,7 @@ def summary(setting: Setting, nll: Losses, seconds: float, device: torch.device)
         "ppl": perplexity(nll),
         "nll": float(nll.mean(dtype=np.float64)),
         "ppl_beyond_cache": perplexity(late) if len(late) and setting.beyond else None,
-        "interval": [math.exp(low), math.exp(high)],
+        "interval": [exponential(low), exponential(high)],
         "scored": len(nll),
         "seconds": round(seconds, 3),
         "tokens_per_second": round(len(nll) / seconds, 1),
@@ -206,7 +206,12 @@ def summary(setting: Setting, nll: Losses, seconds: float, device: torch.device)
 
 def perplexity(nll: Losses) -> float:
     """exp of the mean loss, the mean taken in fp64."""
-    return math.exp(min(700.0, float(nll.mean(dtype=np.float64))))
+    return exponential(float(nll.mean(dtype=np.float64)))
+
+
+def exponential(nats: float) -> float:
+    """exp, held below the largest double: losses beyond 700 nats are as bad as can be said."""
+    return math.exp(min(700.0, nats))
 
 
 def peak_memory(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import types
@@ -10,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
+from rich.console import Console
 
-from sinkpretrain.compare import compare, log_to_wandb, number, running_perplexity
+from sinkpretrain.compare import compare, log_to_wandb, number, print_table, running_perplexity
 from sinkpretrain.errors import UserError
 
 PYTHIA = {"n_layer": 12, "d_model": 768, "context": 2048}
@@ -54,6 +57,22 @@ def make_result(
     return folder
 
 
+def edit(folder: Path, **changes: Any) -> Path:
+    """The folder with other values in its results file; nested mappings are updated, not replaced."""
+    data = json.loads((folder / "results.json").read_text())
+
+    def update(old: dict[str, Any], new: dict[str, Any]) -> None:
+        for key, value in new.items():
+            if isinstance(value, dict):
+                update(old[key], value)
+            else:
+                old[key] = value
+
+    update(data, changes)
+    (folder / "results.json").write_text(json.dumps(data))
+    return folder
+
+
 @pytest.fixture
 def table3(tmp_path: Path) -> list[Path]:
     return [
@@ -76,7 +95,7 @@ def test_table_with_the_papers_numbers_beside_ours(table3: list[Path], tmp_path:
         "| zero_sink | 25,000 (29,214) | 31,000 (29,214) | 20.00 (19.90) | 18.00 (18.01) |",
     ]
     text = "\n".join(lines)
-    assert "| a | 0+1024 | 4+1020 | +56.16 % | +56.16 to +56.16 % |" in text  # 28.5 / 18.25
+    assert "| a | 0+1024 | 4+1020 | +0.4457 | +56.16 % | +56.16 to +56.16 % |" in text  # 28.5 / 18.25
     assert "sha256 t-hash-01234" in text
     rows = (tmp_path / "out" / "table3.csv").read_text().splitlines()
     assert rows[0] == "mechanism,name,step,setting,perplexity,low,high,paper"
@@ -133,6 +152,21 @@ def test_other_text_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_one_model_over_two_texts_is_refused_too(tmp_path: Path) -> None:
+    """Not taken for the same result given twice."""
+    a = make_result(tmp_path / "a", "vanilla", {"4+60": 18.0})
+    b = make_result(tmp_path / "b", "vanilla", {"4+60": 25.0}, text="u")
+    with pytest.raises(UserError, match=rf"{a} and {b} were streamed over different texts"):
+        compare([a, b], tmp_path / "out")
+
+
+def test_another_number_of_tokens_is_refused(tmp_path: Path) -> None:
+    a = make_result(tmp_path / "a", "vanilla", {"4+60": 18.0})
+    b = edit(make_result(tmp_path / "b", "zero_sink", {"4+60": 18.0}), tokens={"count": 4096})
+    with pytest.raises(UserError, match=r"8,192 and 4,096 tokens"):
+        compare([a, b], tmp_path / "out")
+
+
 def test_missing_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds neither results"):
         compare([tmp_path], tmp_path / "out")
@@ -144,6 +178,113 @@ def test_missing_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     (b / "results.json").write_text((b / "results.json").read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(UserError, match="has format 2"):
         compare([b], tmp_path / "out")
+    (b / "results.json").write_text('{"accuracy": 0.5}')
+    with pytest.raises(UserError, match="was not written by sinkpretrain stream"):
+        compare([b], tmp_path / "out")
+
+
+@pytest.mark.parametrize("setting", ["4+60", "dense"])
+def test_losses_of_another_length_are_refused_before_anything_is_written(tmp_path: Path, setting: str) -> None:
+    a = make_result(tmp_path / "a", "vanilla", {"0+64": 20.0, "4+60": 18.0, "dense": 17.0})
+    np.save(a / setting / "nll.npy", np.ones(5, np.float32))
+    with pytest.raises(UserError, match=r"shape \(5,\), not the 8191"):
+        compare([a], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_write_leaves_the_old_files(
+    table3: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    compare(table3, out)
+    old = {p.name: p.read_bytes() for p in out.iterdir()}
+
+    def half(self: Figure, path: Path, **_: object) -> None:
+        Path(path).write_bytes(b"half a picture")
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(Figure, "savefig", half)
+    with pytest.raises(RuntimeError, match="stopped"):
+        compare(table3, out)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == old
+
+
+def test_sizes_and_steps_are_rows_of_their_own(tmp_path: Path) -> None:
+    """Only seeds are averaged; the paper's value stands beside the model of the paper's shape alone."""
+    results = [
+        make_result(tmp_path / "a", "vanilla", {"4+1020": 18.5}, name="big"),
+        make_result(tmp_path / "b", "vanilla", {"4+1020": 40.0}, name="small", shape=TINY),
+        edit(make_result(tmp_path / "c", "vanilla", {"4+1020": 18.1}, name="longer"), model={"step": 2000}),
+    ]
+    compare(results, tmp_path / "out")
+    assert (tmp_path / "out" / "table3.md").read_text().splitlines()[4:8] == [
+        "| vanilla: big, step 10 | 18.50 (18.05) |",
+        "| vanilla: small, step 10 | 40.00 |",
+        "| vanilla: longer, step 2,000 | 18.10 (18.05) |",
+        "",
+    ]
+
+
+def test_settings_of_one_model_in_two_folders_come_together(tmp_path: Path) -> None:
+    a = make_result(tmp_path / "a", "vanilla", {"0+64": 20.0, "1+63": 19.0}, shape=TINY)
+    b = make_result(tmp_path / "b", "vanilla", {"1+63": 19.5, "4+60": 18.0}, shape=TINY)
+    with pytest.warns(UserWarning, match=rf"{b} holds 1\+63 of the same model as {a}"):
+        c = compare([a, b], tmp_path / "out")
+    assert "| vanilla | 20.00 | 19.00 | 18.00 |" in (tmp_path / "out" / "table3.md").read_text()
+    assert [d["setting"] for d in c.differences] == ["0+64", "1+63"]
+    sources = json.loads((tmp_path / "out" / "comparison.json").read_text())["provenance"]
+    assert [(s["folder"], list(s["settings"])) for s in sources] == [(str(a), ["0+64", "1+63"]), (str(b), ["4+60"])]
+
+
+def test_what_is_not_finite_is_said_and_null_in_json(tmp_path: Path) -> None:
+    a = make_result(tmp_path / "a", "vanilla", {"0+64": 20.0, "1+63": 20.0, "4+60": 18.0}, shape=TINY)
+    nothing = {"ppl": None, "interval": [None, None]}
+    edit(a, settings={"0+64": {**nothing, "nll": None}, "1+63": {**nothing, "nll": 800.0}})
+    losses = np.load(a / "0+64" / "nll.npy")
+    losses[7] = np.nan
+    np.save(a / "0+64" / "nll.npy", losses)
+    compare([a], tmp_path / "out")
+    assert "| vanilla | nan | inf | 18.00 |" in (tmp_path / "out" / "table3.md").read_text()
+    text = (tmp_path / "out" / "comparison.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert json.loads(text)["table"][0]["perplexity"] == {"0+64": None, "1+63": None, "4+60": 18.0}
+
+
+@pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"settings": {"4+60": {"dtype": "bfloat16"}}}])
+def test_a_mixture_of_precisions_is_said(tmp_path: Path, change: dict[str, Any]) -> None:
+    a = make_result(tmp_path / "a", "vanilla", {"4+60": 18.0})
+    b = edit(make_result(tmp_path / "b", "zero_sink", {"4+60": 18.0}), **change)
+    compare([a, b], tmp_path / "out")
+    assert "\nfloat32 and bfloat16, cpu, torch 2.13.0.\n" in (tmp_path / "out" / "table3.md").read_text()
+
+
+def test_runs_become_a_table_and_a_figure(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("name: r\nsink: {mechanism: sink_tokens, options: {n: 2}}\n")
+    (run / "run.json").write_text('{"commit": "abc"}')
+    lines: list[dict[str, Any]] = [
+        {"kind": "train", "step": i, "loss": 4.0 - i / 1000, "tokens_per_second": 1500.0} for i in range(1, 1001)
+    ]
+    lines.append({"kind": "validation", "step": 1000, "loss": 3.25})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    compare([run], tmp_path / "out")
+    text = (tmp_path / "out" / "table3.md").read_text()
+    assert "| r | sink_tokens(n=2) | 1,000 | 3.010 | 3.2500 | 1,500 |" in text
+    image = imread(tmp_path / "out" / "loss.png")
+    assert image.shape[:2] == (660, 1125)
+    assert image[..., :3].std() > 0.02
+    assert not (tmp_path / "out" / "perplexity.png").exists()
+    [entry] = json.loads((tmp_path / "out" / "comparison.json").read_text())["runs"]
+    assert entry["provenance"] == {"commit": "abc"}
+    assert entry["validation_loss"] == 3.25
+
+
+def test_the_terminal_shows_the_same_numbers(table3: list[Path], tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=120)
+    print_table(compare(table3, tmp_path / "out"), console)
+    assert "25,000 (29,214)" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_same_result_twice_counts_once(tmp_path: Path) -> None:

@@ -136,7 +136,8 @@ from data_prep.prepare import PrepareConfig, prepare
 if __name__ == "__main__":
     batches.BATCH_CHARACTERS = 2000
     source, out, tokenizer, workers = sys.argv[1:]
-    prepare(PrepareConfig([source], Path(out), tokenizer, workers=int(workers), shard_tokens=10_000))
+    settings = {"workers": int(workers), "shard_tokens": 10_000, "validation_fraction": 0.05}
+    prepare(PrepareConfig([source], Path(out), tokenizer, **settings))
 """
 
 
@@ -151,7 +152,7 @@ def test_killed_and_restarted_gives_the_same_bytes(
 ) -> None:
     monkeypatch.setattr(batches, "BATCH_CHARACTERS", 2000)  # as in the script, where many batches are in flight
     corpus = write_jsonl(tmp_path / "large.jsonl", make_texts(1500, seed=2))
-    undisturbed = configure(corpus, out="undisturbed")
+    undisturbed = configure(corpus, out="undisturbed", validation_fraction=0.05)
     prepare(undisturbed)
     (tmp_path / "script.py").write_text(SCRIPT)
     out = tmp_path / "killed"
