@@ -92,25 +92,42 @@ class ColumnAttention(torch.autograd.Function):
         return dq, dk, dv, d_s, d_value
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _prefers_cudnn(device: torch.device) -> bool:
+    """cuDNN's kernels are the fast ones on Hopper and Blackwell, as torch's own dispatch has it."""
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Causal flash attention: output, logsumexp [B, H, T], and what the backward of the same device wants besides."""
-    if q.device.type == "cuda":
-        out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
-        return out, lse, (seed, offset)
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
-    return out, lse, ()
+    if q.device.type != "cuda":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+        return out, lse, ()
+    if _prefers_cudnn(q.device):
+        out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, True, False
+        )
+        return out, lse.view(lse.shape[:3]), (seed, offset)
+    out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
+    return out, lse, (seed, offset)
 
 
 def _flash_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    d_out, T = d_out.contiguous(), q.shape[2]
-    if q.device.type == "cuda":
-        grads = aten._scaled_dot_product_flash_attention_backward(
-            d_out, q, k, v, out, lse, None, None, T, T, 0.0, True, *extra
+    T = q.shape[2]
+    if q.device.type != "cuda":
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            d_out.contiguous(), q, k, v, out, lse, 0.0, True
+        )
+    elif _prefers_cudnn(q.device):
+        grads = aten._scaled_dot_product_cudnn_attention_backward(
+            d_out, q, k, v, out, lse.unsqueeze(-1), *extra, None, None, None, T, T, 0.0, True
         )
     else:
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(d_out, q, k, v, out, lse, 0.0, True)
+        grads = aten._scaled_dot_product_flash_attention_backward(
+            d_out.contiguous(), q, k, v, out, lse, None, None, T, T, 0.0, True, *extra
+        )
     return grads[0], grads[1], grads[2]
 
 

@@ -163,6 +163,7 @@ class TrainingConfig:
         seed: seed of the initial weights; not the seed of the data order.
         precision: Lightning's precision plugin; weights stay fp32 under ``bf16-mixed``.
         compile: run the model through torch.compile.
+        fused: use the fused kernels where they apply (a GPU, 16-bit autocast).
         accelerator: ``cpu``, ``cuda`` or ``auto``.
         devices: processes per node; 0 means every GPU of the node, or one CPU process.
         nodes: number of nodes.
@@ -174,6 +175,7 @@ class TrainingConfig:
     seed: int = 1234
     precision: Literal["32-true", "bf16-mixed", "bf16-true", "64-true"] = "bf16-mixed"
     compile: bool = False
+    fused: bool = True
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 0
     nodes: int = 1

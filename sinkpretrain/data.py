@@ -21,10 +21,8 @@ from torch import Tensor
 
 from sinkpretrain.config import MAX_SINK_TOKENS, DataConfig, ModelConfig
 from sinkpretrain.errors import UserError
+from sinkpretrain.ops import IGNORED
 from sinkpretrain.tokens import Manifest, TokenFile, open_split
-
-IGNORED = -100
-"""Label of a position without a target, as in torch's cross entropy."""
 
 Indices = NDArray[np.int64]
 

@@ -16,16 +16,16 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from sinkpretrain import metrics
 from sinkpretrain.checkpoint import checkpoint_path, due, is_log_spaced, prune_checkpoints, weights_path
 from sinkpretrain.config import OptimizerConfig, RunConfig, to_dict
-from sinkpretrain.data import IGNORED, Batch, shared_targets
+from sinkpretrain.data import Batch, shared_targets
 from sinkpretrain.load import METADATA_KEY, save_weights
 from sinkpretrain.measures import sink_measures
-from sinkpretrain.model import GPTNeoX
+from sinkpretrain.model import MLP, GPTNeoX
+from sinkpretrain.ops import IGNORED, linear_cross_entropy
 from sinkpretrain.progress import ProgressBar
 from sinkpretrain.signals import StopRequest
 
@@ -71,10 +71,15 @@ class PretrainModule(L.LightningModule):
         self._validation: Callable[[], list[Batch]] | None = None
         self._probe: Tensor | None = None
         self._stop = stop or StopRequest()
-        self._loss: Callable[[Tensor, Tensor], Tensor] = self.loss
-        if config.training.compile:
-            # Compiling the function instead of wrapping the module keeps the names of the weights.
-            self._loss = torch.compile(self.loss)
+        self._fused = config.training.fused
+        for module in self.model.modules():
+            if isinstance(module, MLP):
+                module.fused = self._fused
+        # Compiling functions instead of wrapping the module keeps the names of the weights.
+        maybe = torch.compile if config.training.compile else (lambda function: function)
+        self._hidden: Callable[..., Tensor] = maybe(self.model.hidden)
+        # The fused loss is one kernel and three matrix products: nothing is left to compile.
+        self._head_loss = linear_cross_entropy if self._fused else maybe(linear_cross_entropy)
         self._pending: list[tuple[int, float, Tensor, Tensor]] = []
         self._last_validation = ""
 
@@ -86,8 +91,9 @@ class PretrainModule(L.LightningModule):
 
     def loss(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
         """Mean negative log-likelihood, nats per target, in fp32."""
-        logits = self.model(ids_BT)
-        return F.cross_entropy(logits.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED)
+        hidden = self._hidden(ids_BT, self.model.causal(ids_BT.shape[1], ids_BT.device))
+        weight = self.model.head.weight
+        return self._head_loss(hidden.flatten(0, 1), weight, labels_BT.flatten(), self._fused)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One optimizer step on this process's share of the step's samples, in as many passes as ``micro_batch`` asks.
@@ -108,7 +114,7 @@ class PretrainModule(L.LightningModule):
         ):
             with self._gradients_stay_here(number < passes):
                 # chunk() makes the last pass smaller if the share does not divide evenly: weigh by its samples.
-                loss = self._loss(ids, labels) * (len(ids) / len(batch.ids))
+                loss = self.loss(ids, labels) * (len(ids) / len(batch.ids))
                 self.manual_backward(loss)
             total += loss.detach()
         norm = self._clip()

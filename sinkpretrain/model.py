@@ -11,13 +11,13 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkpretrain import sinks
 from sinkpretrain.attention import causal_attention, rope_tables, rotate
 from sinkpretrain.config import ModelConfig, SinkConfig
 from sinkpretrain.errors import UserError
+from sinkpretrain.ops import linear_gelu
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, sinks.Mechanism], Tensor]
 """(layer, q, k, v, mechanism) -> output; q, k, v and the output are [B, H, T, D], q and k not yet rotated."""
@@ -47,9 +47,10 @@ class MLP(nn.Module):
         super().__init__()
         self.up = nn.Linear(config.d_model, config.d_ff)
         self.down = nn.Linear(config.d_ff, config.d_model)
+        self.fused = False  # training on a GPU may set it
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        down: Tensor = self.down(F.gelu(self.up(x_BTC)))
+        down: Tensor = self.down(linear_gelu(x_BTC, self.up, self.fused))
         return down
 
 
@@ -92,6 +93,7 @@ class GPTNeoX(nn.Module):
         mechanism = sinks.build(sink, config)
         self.prefix_ids = mechanism.prefix_ids(sinks.Vocabulary(config.tokenizer_size, config.vocab_size))
         self.adds_column = mechanism.adds_column
+        self._causal: dict[tuple[int, torch.device], Attend] = {}
         if len(self.prefix_ids) >= config.context:
             raise UserError(
                 f"{len(self.prefix_ids)} sink tokens leave no room for text in a context of {config.context} tokens."
@@ -114,13 +116,21 @@ class GPTNeoX(nn.Module):
         return normed
 
     def causal(self, length: int, device: torch.device) -> Attend:
-        """Causal attention over positions 0 .. length - 1, as in training."""
-        cos, sin = self.rope(torch.arange(length, device=device))
+        """Causal attention over positions 0 .. length - 1, as in training.
+
+        Made once per length and device: compiled code takes its rotary tables as given instead of computing them anew
+        in every layer, and recognises the function.
+        """
+        if (length, device) in self._causal:
+            return self._causal[length, device]
+        with torch.inference_mode(False):  # kept for later, when gradients may be wanted
+            cos, sin = self.rope(torch.arange(length, device=device))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> Tensor:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             return causal_attention(q, k, v, sink.column(q))
 
+        self._causal[length, device] = attend
         return attend
 
     def rope(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:

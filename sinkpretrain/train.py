@@ -34,7 +34,7 @@ from sinkpretrain.provenance import provenance
 from sinkpretrain.signals import StopRequest
 
 FREE_TO_CHANGE = ("out", "name", "log", "data.path", "data.validation_path")
-FREE_IN_TRAINING = ("steps", "micro_batch", "compile", "accelerator", "devices", "nodes", "deterministic")
+FREE_IN_TRAINING = ("steps", "micro_batch", "compile", "fused", "accelerator", "devices", "nodes", "deterministic")
 """Settings that a resumed run may change: where and how fast it runs, how long, and what is logged. Whether moved data
 are the same data is decided by their hashes."""
 

@@ -160,7 +160,14 @@ def test_killed_and_restarted_gives_the_same_bytes(
     root = str(Path(batches.__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": root}
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A test run in the background of a shell ignores SIGINT and hands that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not (out / ".shards" / "000002.json").exists() and process.poll() is None:

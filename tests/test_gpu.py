@@ -97,3 +97,42 @@ def test_two_gpus_agree_with_one_and_resume(tmp_path: Path) -> None:
         if "loss" in a:
             assert b["loss"] == pytest.approx(a["loss"], abs=1e-3)
     assert len(json.loads((tmp_path / "two" / "run.json").read_text())["attempts"]) == 2
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_fused_cross_entropy(parts: int) -> None:
+    from sinkpretrain.fused import LinearCrossEntropy
+
+    torch.manual_seed(0)
+    h = torch.randn(300, 64, device="cuda").bfloat16().requires_grad_()
+    w = (0.3 * torch.randn(1000, 64, device="cuda")).requires_grad_()
+    labels = torch.randint(0, 1000, (300,), device="cuda")
+    labels[::7] = -100
+    exact = [h.detach().double().requires_grad_(), w.detach().bfloat16().double().requires_grad_()]
+    want = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, labels)
+    got = LinearCrossEntropy.apply(h, w, labels, parts)
+    assert got.item() == pytest.approx(want.item(), rel=2e-3)
+    for g, e in zip(torch.autograd.grad(3 * got, (h, w)), torch.autograd.grad(3 * want, exact), strict=True):
+        assert ((g.double() - e).norm() / e.norm()).item() < 1e-2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fused_gelu(compiled: bool) -> None:
+    from sinkpretrain.ops import linear_gelu
+
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 200).cuda()
+    x = torch.randn(3, 100, 64, device="cuda", requires_grad=True)
+    d_out = torch.randn(3, 100, 200, device="cuda")
+    fast = torch.compile(linear_gelu) if compiled else linear_gelu
+    with torch.autocast("cuda", torch.bfloat16):
+        got = fast(x, linear, True)
+    plain = torch.nn.functional.gelu(linear.double()(x.double()))
+    inputs = (x, linear.weight, linear.bias)
+    want = torch.autograd.grad(plain, inputs, d_out.double())
+    linear.float()
+    with torch.autocast("cuda", torch.bfloat16):
+        got = fast(x, linear, True)
+    assert ((got.double() - plain).norm() / plain.norm()).item() < 1e-2
+    for g, w in zip(torch.autograd.grad(got, (x, linear.weight, linear.bias), d_out.to(got.dtype)), want, strict=True):
+        assert ((g.double() - w).norm() / w.norm()).item() < 1e-2

@@ -302,7 +302,7 @@ def test_disk_full_keeps_the_older_checkpoint(data: Path, tmp_path: Path, monkey
     save = torch.save
 
     def full(checkpoint: Any, path: Any) -> None:
-        if "12" in Path(path).name:
+        if "step-0000012" in Path(path).name:
             Path(path).write_bytes(b"half")
             raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
         save(checkpoint, path)

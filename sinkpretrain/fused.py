@@ -1,0 +1,133 @@
+"""Triton kernels for the parts of training that stock kernels leave slow. Imported on a GPU only.
+
+Each has a plain counterpart, which is its definition and its test: ``sinkpretrain.ops`` chooses between them. Figures
+behind them are in ``docs/speed.md``.
+
+Letters of the axes: N tokens (batch and time flattened), C width in, E width out, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# --- cross entropy ------------------------------------------------------------------------------------------------
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
+    logits, labels, losses, V: tl.constexpr, stride, scale, ignored: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One row: its loss, and the row replaced by scale * (softmax - onehot). Reads twice (the second time mostly from
+    cache), writes once."""
+    row = tl.program_id(0).to(tl.int64)
+    base = logits + row * stride
+    label = tl.load(labels + row)
+    highest, total = -float("inf"), 0.0
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(base + column, mask=column < V, other=-float("inf")).to(tl.float32)
+        new = tl.maximum(highest, tl.max(x, 0))
+        total = total * tl.exp(highest - new) + tl.sum(tl.exp(x - new), 0)
+        highest = new
+    lse = highest + tl.log(total)
+    keep = label != ignored
+    target = tl.load(base + tl.where(keep, label, 0)).to(tl.float32)
+    tl.store(losses + row, tl.where(keep, lse - target, 0.0))
+    tl.debug_barrier()  # the target's logit is read before its place is overwritten
+    scale = tl.where(keep, scale, 0.0)
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(base + column, mask=column < V, other=-float("inf")).to(tl.float32)
+        gradient = (tl.exp(x - lse) - tl.where(column == label, 1.0, 0.0)) * scale
+        tl.store(base + column, gradient.to(logits.dtype.element_ty), mask=column < V)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross entropy of ``h @ w.T``, the gradient taken with the loss while a part of the logits exists.
+
+    Args:
+        h: hidden states [N, C], bf16 or fp16.
+        w: output matrix [V, C], fp32; its product is taken in the dtype of ``h``, its gradient summed in fp32.
+        labels: int64 [N]; -100 has no loss.
+        parts: how many pieces the logits are made in; memory is N * V / parts.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, w: Tensor, labels: Tensor, parts: int) -> Tensor:
+        losses = torch.empty(len(h), dtype=torch.float32, device=h.device)
+        count = (labels != -100).sum()
+        w = w.to(h.dtype)
+        d_h, d_w = torch.empty_like(h), None
+        for h_part, labels_part, losses_part, d_h_part in zip(
+            h.chunk(parts), labels.chunk(parts), losses.chunk(parts), d_h.chunk(parts), strict=True
+        ):
+            logits = h_part @ w.T
+            _cross_entropy_kernel[(len(logits),)](
+                logits, labels_part, losses_part, w.shape[0], logits.stride(0), 1.0, -100, BLOCK=8192, num_warps=16
+            )
+            torch.mm(logits, w, out=d_h_part)
+            if d_w is None:
+                d_w = torch.mm(logits.T, h_part, out_dtype=torch.float32)
+            else:
+                d_w = torch.addmm(d_w, logits.T, h_part, out_dtype=torch.float32)
+        ctx.save_for_backward(d_h, d_w, count)
+        return losses.sum() / count
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d_h, d_w, count = ctx.saved_tensors
+        scale = grads[0] / count
+        return (d_h * scale).to(d_h.dtype), d_w * scale, None, None
+
+
+# --- the MLP's first half -----------------------------------------------------------------------------------------
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gelu_backward_kernel(  # type: ignore[no-untyped-def]
+    d_act, pre, d_pre, partial, N, E, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr
+):
+    """d_pre = d_act * gelu'(pre) for a tile, and the tile's column sums (the bias gradient's part)."""
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    sums = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for start in range(0, ROWS, STEP):
+        row = (tl.program_id(0) * ROWS + start + tl.arange(0, STEP)).to(tl.int64)
+        place = row[:, None] * E + column[None, :]
+        mask = (row[:, None] < N) & (column[None, :] < E)
+        x = tl.load(pre + place, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(d_act + place, mask=mask, other=0.0).to(tl.float32)
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        d = g * (cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327)
+        tl.store(d_pre + place, d.to(d_pre.dtype.element_ty), mask=mask)
+        sums += tl.sum(d, 0)
+    tl.store(partial + tl.program_id(0) * E + column, sums, mask=column < E)
+
+
+class LinearGELU(torch.autograd.Function):
+    """gelu(x @ w.T + b) with the exact GELU; x [N, C], w [E, C], b [E], all of one 16-bit dtype."""
+
+    ROWS, COLUMNS, STEP = 256, 256, 16
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        pre = torch.addmm(b, x, w.T)
+        ctx.save_for_backward(x, w, pre)
+        return torch.nn.functional.gelu(pre)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, pre = ctx.saved_tensors
+        d_act = grads[0].contiguous()
+        N, E = pre.shape
+        d_pre = torch.empty_like(pre)
+        tiles = (triton.cdiv(N, LinearGELU.ROWS), triton.cdiv(E, LinearGELU.COLUMNS))
+        partial = torch.empty(tiles[0], E, dtype=torch.float32, device=x.device)
+        _gelu_backward_kernel[tiles](
+            d_act, pre, d_pre, partial, N, E, LinearGELU.ROWS, LinearGELU.COLUMNS, LinearGELU.STEP, num_warps=8
+        )
+        return d_pre @ w, d_pre.T @ x, partial.sum(0).to(pre.dtype)
