@@ -33,6 +33,7 @@ COMMANDS = {
     "stream": Command("sinkpretrain.commands", "stream", "streaming perplexity of a model over a long text"),
     "compare": Command("sinkpretrain.commands", "compare", "Table 3 and figures from results and runs"),
     "export": Command("sinkpretrain.commands", "export", "a Hugging Face folder from a run"),
+    "bench": Command("sinkpretrain.commands", "bench", "how fast training is on this machine, beside its peers"),
     "demo": Command("sinkpretrain.commands", "demo", "the whole path in a few minutes, without a network"),
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -237,5 +236,8 @@ def demo(argv: Sequence[str]) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit("use `python -m sinkpretrain`")
+def bench(argv: Sequence[str]) -> int:
+    from sinkpretrain.bench import bench as run
+
+    run(**_arguments("bench", run, argv))
+    return 0
