@@ -201,7 +201,8 @@ def _litgpt(config: RunConfig) -> tuple[nn.Module, Callable[[Tensor, Tensor], Te
         from litgpt import GPT, Config  # type: ignore[import-not-found]
     except ImportError as error:
         raise UserError(
-            f"the peer litgpt cannot be imported ({error}); `pip install --no-deps litgpt psutil` adds it (its pins exclude our versions)."
+            f"the peer litgpt cannot be imported ({error}); `pip install --no-deps litgpt psutil` adds it, since its "
+            "pins exclude our versions."
         ) from error
     m = config.model
     settings = Config.from_name(

@@ -7,6 +7,7 @@ cannot fall out of line with a resumed run's number of processes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -76,7 +77,8 @@ class PretrainModule(L.LightningModule):
             if isinstance(module, MLP):
                 module.fused = self._fused
         # Compiling functions instead of wrapping the module keeps the names of the weights.
-        maybe = torch.compile if config.training.compile else (lambda function: function)
+        # A graph break would cost a third of the speed in silence: fullgraph makes it an error.
+        maybe = functools.partial(torch.compile, fullgraph=True) if config.training.compile else (lambda f: f)
         self._hidden: Callable[..., Tensor] = maybe(self.model.hidden)
         # The fused loss is one kernel and three matrix products: nothing is left to compile.
         self._head_loss = linear_cross_entropy if self._fused else maybe(linear_cross_entropy)

@@ -5,9 +5,16 @@ The plain one is what the fused one is tested against, forward and gradient.
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+HAVE_TRITON = importlib.util.find_spec("triton") is not None
+if HAVE_TRITON:
+    # Here and not where it is used: an import inside compiled code would break its graph.
+    from sinkpretrain import fused as fused_kernels
 
 IGNORED = -100
 """Label of a position without a target, as in torch's cross entropy."""
@@ -18,34 +25,24 @@ LOGIT_BYTES = 2 << 30
 
 def can_fuse(x: Tensor) -> bool:
     """Whether the fused operations apply: training on a GPU under 16-bit autocast, Triton installed."""
-    if not (x.is_cuda and torch.is_grad_enabled() and torch.is_autocast_enabled("cuda")):
-        return False
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return HAVE_TRITON and x.is_cuda and torch.is_grad_enabled() and torch.is_autocast_enabled("cuda")
 
 
 def linear_gelu(x_BTC: Tensor, linear: nn.Linear, fused: bool) -> Tensor:
     """gelu(linear(x)), the exact GELU."""
     if not (fused and can_fuse(x_BTC)):
         return F.gelu(linear(x_BTC))
-    from sinkpretrain.fused import LinearGELU
-
     dtype = torch.get_autocast_dtype("cuda")
     flat = x_BTC.to(dtype).flatten(0, 1)
-    out: Tensor = LinearGELU.apply(flat, linear.weight.to(dtype), linear.bias.to(dtype))  # type: ignore[no-untyped-call]
+    out: Tensor = fused_kernels.LinearGELU.apply(flat, linear.weight.to(dtype), linear.bias.to(dtype))  # type: ignore[no-untyped-call]
     return out.view(*x_BTC.shape[:2], -1)
 
 
 def linear_cross_entropy(h_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, fused: bool) -> Tensor:
     """Mean negative log-likelihood, nats, fp32, of the labels under softmax(h @ weight.T); -100 has no loss."""
     if fused and can_fuse(h_NC):
-        from sinkpretrain.fused import LinearCrossEntropy
-
         h = h_NC.to(torch.get_autocast_dtype("cuda"))
         parts = max(1, -(-len(h) * len(weight_VC) * h.element_size() // LOGIT_BYTES))
-        loss: Tensor = LinearCrossEntropy.apply(h, weight_VC, labels_N, parts)  # type: ignore[no-untyped-call]
+        loss: Tensor = fused_kernels.LinearCrossEntropy.apply(h, weight_VC, labels_N, parts)  # type: ignore[no-untyped-call]
         return loss
     return F.cross_entropy(F.linear(h_NC, weight_VC).float(), labels_N, ignore_index=IGNORED)
