@@ -88,7 +88,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 # --- the MLP's first half -----------------------------------------------------------------------------------------
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _normal_cdf(x, bell):  # type: ignore[no-untyped-def]
     """Phi(x), given bell = exp(-x^2 / 2): Abramowitz and Stegun 7.1.26, error of erf below 1.5e-7, a hundredth of what
     bf16 can hold. The library's erf costs more arithmetic than the memory traffic around it takes."""
@@ -130,17 +130,18 @@ def _gelu_backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(partial + tl.program_id(0) * E + column, tl.sum(sums, 0), mask=column < E)
 
 
+_BLOCK, _ROWS, _COLUMNS, _STEP = 4096, 64, 512, 8  # tiles; module constants, which torch.compile can read
+
+
 class LinearGELU(torch.autograd.Function):
     """gelu(x @ w.T + b) with the exact GELU; x [N, C], w [E, C], b [E], all of one 16-bit dtype."""
-
-    BLOCK, ROWS, COLUMNS, STEP = 4096, 64, 512, 8
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         pre = torch.addmm(b, x, w.T)
         act = torch.empty_like(pre)
         count = pre.numel()
-        _gelu_kernel[(triton.cdiv(count, LinearGELU.BLOCK),)](pre, act, count, LinearGELU.BLOCK, num_warps=8)
+        _gelu_kernel[(-(-count // _BLOCK),)](pre, act, count, _BLOCK, num_warps=8)
         ctx.save_for_backward(x, w, pre)
         return act
 
@@ -150,9 +151,7 @@ class LinearGELU(torch.autograd.Function):
         d_act = grads[0].contiguous()
         N, E = pre.shape
         d_pre = torch.empty_like(pre)
-        tiles = (triton.cdiv(N, LinearGELU.ROWS), triton.cdiv(E, LinearGELU.COLUMNS))
+        tiles = (-(-N // _ROWS), -(-E // _COLUMNS))
         partial = torch.empty(tiles[0], E, dtype=torch.float32, device=x.device)
-        _gelu_backward_kernel[tiles](
-            d_act, pre, d_pre, partial, N, E, LinearGELU.ROWS, LinearGELU.COLUMNS, LinearGELU.STEP, num_warps=8
-        )
+        _gelu_backward_kernel[tiles](d_act, pre, d_pre, partial, N, E, _ROWS, _COLUMNS, _STEP, num_warps=8)
         return d_pre @ w, d_pre.T @ x, partial.sum(0).to(pre.dtype)
