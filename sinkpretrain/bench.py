@@ -39,9 +39,7 @@ def bench(
     sinks: str = "vanilla",
     context: int = 2048,
     micro_batch: int = 32,
-    samples: int = 0,
     steps: int = 40,
-    devices: int = 1,
     compile: bool = True,
     fused: bool = True,
     bare: bool = False,
@@ -55,10 +53,8 @@ def bench(
         model: recipe of the model.
         sinks: recipes of sink mechanisms, separated by commas.
         context: tokens per sample.
-        micro_batch: samples per device and pass.
-        samples: samples per optimizer step over all devices; by default one pass per device.
+        micro_batch: samples per optimizer step, in one pass on one device.
         steps: optimizer steps; the first third is warm-up.
-        devices: processes (ours only).
         compile: run the model through torch.compile.
         fused: use the fused kernels.
         bare: also run the same step without Lightning, data and logging.
@@ -84,12 +80,12 @@ def bench(
         base = dataclasses.replace(
             base,
             model=dataclasses.replace(base.model, context=context),
-            data=dataclasses.replace(base.data, path=str(ids), batch_size=samples or micro_batch * devices),
+            data=dataclasses.replace(base.data, path=str(ids), batch_size=micro_batch),
             training=dataclasses.replace(
                 base.training,
                 steps=steps,
                 micro_batch=micro_batch,
-                devices=devices,
+                devices=1,
                 compile=compile,
                 fused=fused,
                 precision="bf16-mixed" if cuda else "32-true",
