@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import re
@@ -131,13 +132,14 @@ def load_run_config(argv: Sequence[str]) -> RunConfig:
     Raises:
         UserError: an unknown recipe, setting or value.
     """
-    arguments = []
+    arguments, recipes = [], []
     pending = iter(argv)
     for argument in pending:
         if argument == "--config" or argument.startswith("--config="):
             value = argument.partition("=")[2] or next(pending, "")
             for name in value.split(","):
-                arguments += ["--config", str(_checked_recipe(name))]
+                recipes.append(_checked_recipe(name))
+                arguments += ["--config", str(recipes[-1])]
         else:
             arguments.append(argument)
     parser = Parser(
@@ -149,7 +151,10 @@ def load_run_config(argv: Sequence[str]) -> RunConfig:
     parser.add_class_arguments(RunConfig)
     values = parser.parse(arguments)
     values.pop("config", None)
-    return from_dict(RunConfig, values)
+    config = from_dict(RunConfig, values)
+    if not config.name and not config.out:
+        config = dataclasses.replace(config, name="-".join(recipe.stem for recipe in recipes))
+    return config
 
 
 def _checked_recipe(name: str) -> Path:

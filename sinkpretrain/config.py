@@ -214,8 +214,8 @@ class RunConfig:
     """A whole run.
 
     Args:
-        out: run directory; the same command given again continues the run in it.
-        name: name shown in tables; by default the directory's name.
+        out: run directory; the same command given again continues the run in it. By default runs/ and the name.
+        name: name shown in tables; by default the run directory's, or the recipes' names joined.
         model: shape of the model.
         sink: sink mechanism.
         data: tokens and their order.
