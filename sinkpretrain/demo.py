@@ -94,7 +94,7 @@ def demo(out: str = "demo", text: str = "", steps: int = 600, paper: bool = True
             validation_fraction=0.05,
         )
     )
-    console.print(describe(manifest), highlight=False)
+    console.print(describe(manifest), highlight=False, soft_wrap=True)
     held_out = manifest.splits["validation"].tokens if "validation" in manifest.splits else 0
     if held_out < 1000:
         raise UserError(f"the text leaves only {held_out} tokens to evaluate on; give more text (a few megabytes).")
@@ -123,6 +123,7 @@ def demo(out: str = "demo", text: str = "", steps: int = 600, paper: bool = True
     results = [folder / "results" / run.name for run in runs]
     comparison = compare([*results, *runs], folder / "comparison", paper=paper)
     print_table(comparison, console)
-    console.print(f"\nfigures and tables: {folder / 'comparison'}", highlight=False)
+    console.print(f"\nfigure: {folder / 'comparison' / 'perplexity.png'}", highlight=False, soft_wrap=True)
+    console.print(f"tables: {folder / 'comparison' / 'table3.md'}\n", highlight=False, soft_wrap=True)
     console.print(HONEST, highlight=False)
     console.print(f"\n{time.monotonic() - started:.0f} s in all.", highlight=False)
