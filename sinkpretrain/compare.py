@@ -13,10 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -25,13 +21,11 @@ from sinkpretrain import metrics, paper
 from sinkpretrain.config import RunConfig, load_yaml
 from sinkpretrain.errors import UserError
 from sinkpretrain.evaluate import FORMAT, RESULTS
+from sinkpretrain.figures import loss_figure, perplexity_figure, save_figure
 from sinkpretrain.files import read_json, write_atomically, write_json
 from sinkpretrain.provenance import versions
 from sinkpretrain.sinks import REGISTRY, label
 from sinkpretrain.statistics import paired_difference
-
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
-"""Okabe and Ito's palette: told apart by colour-blind readers too."""
 
 
 @dataclass(frozen=True)
@@ -135,9 +129,11 @@ def compare(paths: list[Path], out: Path, paper: bool = True) -> Comparison:
     table = [row(r, settings) for r in results]
     comparison = Comparison(out, results, runs, settings, table, group(table, settings), differences(results), paper)
     # All losses are read before anything is written, so that a file that is gone leaves nothing half done.
-    figures = {"perplexity": perplexity_figure(results, settings)} if results else {}
+    losses = [(_legend(r, results), {s: r.nll(s) for s in r.settings}) for r in results]
+    figures = {"perplexity": perplexity_figure(losses, settings)} if results else {}
     if runs:
-        figures["loss"] = loss_figure(runs)
+        curves = [(r.config.name or r.folder.name, r.curve("train"), r.curve("validation")) for r in runs]
+        figures["loss"] = loss_figure(curves)
     write_json(out / "comparison.json", as_json(comparison))
     write_atomically(out / "table3.md", lambda p: p.write_text(markdown(comparison), encoding="utf-8"))
     write_atomically(out / "table3.csv", lambda p: p.write_text(as_csv(comparison), encoding="utf-8"))
@@ -494,89 +490,10 @@ def print_table(c: Comparison, console: Console) -> None:
         console.print(table)
 
 
-# --- figures ------------------------------------------------------------------------------------------------------
-
-
-def running_perplexity(nll: NDArray[np.float32], points: int = 200) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Token positions and the perplexity of all tokens up to there."""
-    ends = np.unique(np.geomspace(min(16, len(nll)), len(nll), points).astype(np.int64))
-    sums = np.cumsum(nll, dtype=np.float64)[ends - 1]
-    return ends.astype(np.float64), np.exp(np.minimum(sums / ends, 700.0))
-
-
-def perplexity_figure(results: list[Result], settings: list[str]) -> Figure:
-    """Perplexity up to a position: one panel per cache, one line per model, dashed where a column was left out."""
-    panels = list(dict.fromkeys(s.removesuffix("-nocolumn") for s in settings))
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(1.2 + 3.1 * columns, 1.0 + 2.9 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    lines: dict[str, Any] = {}
-    for place, (axis, panel) in enumerate(zip(axes.flat, panels, strict=False)):
-        for number_, result in enumerate(results):
-            for setting, style in ((panel, "-"), (f"{panel}-nocolumn", "--")):
-                if setting in result.settings:
-                    x, y = running_perplexity(result.nll(setting))
-                    (line,) = axis.plot(x, y, style, color=COLOURS[number_ % len(COLOURS)], linewidth=1.6)
-                    text = _legend(result, results) + (" without column" if style == "--" else "")
-                    lines.setdefault(text, line)
-        axis.set_title(panel, fontsize=10)
-        _tidy(axis)
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
-        axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: _tick(v) if f"{v:.0e}"[0] in "25" else ""))
-        if place + columns >= len(panels):  # nothing below it
-            axis.set_xlabel("tokens read")
-            axis.tick_params(labelbottom=True)
-        if place % columns == 0:
-            axis.set_ylabel("perplexity so far")
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(4, len(lines)), frameon=False)
-    return figure
-
-
-def _tick(value: float) -> str:
-    return f"{value:,.0f}" if value < 1e6 else f"{value:.0e}"
-
-
 def _legend(result: Result, results: list[Result]) -> str:
     """The mechanism, with the run's name and step where several models share one."""
     alone = sum(r.mechanism == result.mechanism for r in results) == 1
     return result.mechanism if alone else _full_name([row(result, [])])
-
-
-def loss_figure(runs: list[Run]) -> Figure:
-    """Training loss (a running mean) and validation loss (points) of each run."""
-    figure = Figure(figsize=(7.5, 4.4), layout="constrained")
-    axis = figure.subplots()
-    for number_, run in enumerate(runs):
-        colour = COLOURS[number_ % len(COLOURS)]
-        steps, losses = run.curve("train")
-        width = max(1, len(losses) // 100)
-        if losses:
-            smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-            axis.plot(steps[width - 1 :], smooth, color=colour, linewidth=1.4, label=run.config.name or run.folder.name)
-        validation_steps, validation = run.curve("validation")
-        axis.plot(validation_steps, validation, "o", color=colour, markersize=4, markerfacecolor="white")
-    axis.set_xlabel("optimizer step")
-    axis.set_ylabel("loss, nats per token")
-    axis.set_title("training loss (lines) and validation loss (circles)", fontsize=10)
-    _tidy(axis)
-    axis.legend(frameon=False)
-    return figure
-
-
-def _tidy(axis: Axes) -> None:
-    axis.grid(True, which="both", color="#dddddd", linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG atomically."""
-    FigureCanvasAgg(figure)
-    write_atomically(path, lambda p: figure.savefig(p, format="png", dpi=150))
 
 
 def log_to_wandb(c: Comparison, mode: Literal["online", "offline"], project: str) -> None:

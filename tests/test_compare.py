@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 
-from sinkpretrain.compare import compare, log_to_wandb, number, print_table, running_perplexity
+from sinkpretrain.compare import compare, log_to_wandb, number, print_table
 from sinkpretrain.errors import UserError
+from sinkpretrain.figures import running_perplexity
 
 PYTHIA = {"n_layer": 12, "d_model": 768, "context": 2048}
 TINY = {"n_layer": 4, "d_model": 128, "context": 128}
