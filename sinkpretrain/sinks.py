@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -159,6 +160,92 @@ class ZeroSink(Mechanism):
         return Column(torch.zeros((), dtype=torch.float32, device=q_BHTD.device))
 
 
+@register
+class OffByC(Mechanism):
+    """exp(a_ij) / (c + sum_j exp(a_ij)): a column with logit log c and value 0; c = 1 is the zero sink.
+
+    Nothing is kept when streaming.
+    Source: Miller 2023, "Attention is off by one", for c = 1.
+    """
+
+    name = "off_by_c"
+    summary = "softmax with a constant c in the denominator"
+    source = "Miller 2023, generalised"
+
+    def __init__(self, model: ModelConfig, c: float = 1.0) -> None:
+        super().__init__(model)
+        if c <= 0:
+            raise UserError(f"sink.options.c must be positive, not {c}; use the mechanism vanilla for none.")
+        self.logit = math.log(c)
+
+    def column(self, q_BHTD: Tensor) -> Column | None:
+        return Column(torch.full((), self.logit, dtype=torch.float32, device=q_BHTD.device))
+
+
+@register
+class SinkLogit(Mechanism):
+    """One learned logit s_h per head (or one per layer), value 0; starts at 0, as the zero sink.
+
+    Nothing is kept when streaming.
+    Source: gpt-oss (OpenAI 2025, arXiv 2508.10925), learned bias in the softmax's denominator per head.
+    """
+
+    name = "sink_logit"
+    summary = "a learned logit per head in the softmax's denominator"
+    source = "OpenAI 2025 (gpt-oss), arXiv 2508.10925"
+
+    def __init__(self, model: ModelConfig, per_head: bool = True) -> None:
+        super().__init__(model)
+        self.s = nn.Parameter(torch.zeros(model.n_head if per_head else 1))
+
+    def column(self, q_BHTD: Tensor) -> Column | None:
+        return Column(self.s.float()[:, None])  # [H or 1, 1]
+
+
+@register
+class KeyBias(Mechanism):
+    """A learned key k' per head with value 0: the column's logit is q_i . k' / sqrt(d).
+
+    The query is the rotated one, as if k' stood at position 0; when streaming it is rotated to its slot in the cache,
+    so the column is part of the attention function and nothing is kept. Starts at 0, as the zero sink.
+    Source: Gu et al. 2024 (arXiv 2410.10781), "K biases".
+    """
+
+    name = "key_bias"
+    summary = "a learned key per head, value 0"
+    source = "Gu et al. 2024, arXiv 2410.10781"
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
+        self.key = nn.Parameter(torch.zeros(model.n_head, model.head_dim))
+
+    def column(self, q_BHTD: Tensor) -> Column | None:
+        scale = q_BHTD.shape[-1] ** -0.5
+        return Column(torch.einsum("bhtd,hd->bht", q_BHTD.float(), self.key.float()) * scale)
+
+
+@register
+class KeyValueBias(KeyBias):
+    """A learned key k' and value v' per head: ``nn.MultiheadAttention(add_bias_kv=True)``.
+
+    Equal to what a trained sink token contributes at position 0 of every layer, without the token.
+    Source: Sun et al. 2024 (arXiv 2402.17762), explicit attention biases; Gu et al. 2024, "KV biases".
+    """
+
+    name = "key_value_bias"
+    summary = "a learned key and value per head"
+    source = "Sun et al. 2024, arXiv 2402.17762"
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
+        self.value = nn.Parameter(torch.zeros(model.n_head, model.head_dim))
+
+    def column(self, q_BHTD: Tensor) -> Column | None:
+        column = super().column(q_BHTD)
+        assert column is not None
+        return Column(column.logit, self.value.float())
+
+
 def mechanism_class(config: SinkConfig) -> type[Mechanism]:
     """The class that a configuration names, its option names checked; raises UserError."""
     if config.mechanism not in REGISTRY:
@@ -174,7 +261,8 @@ def mechanism_class(config: SinkConfig) -> type[Mechanism]:
                 + (f"it has {', '.join(known)}." if known else "it has none.")
             )
         # A bool is an int to Python, but n: true in a recipe is a mistake.
-        if not isinstance(value, known[key]) or (isinstance(value, bool) and known[key] is not bool):
+        fits = isinstance(value, known[key]) or (known[key] is float and isinstance(value, int))
+        if not fits or (isinstance(value, bool) and known[key] is not bool):
             raise UserError(f"sink.options.{key} must be of type {known[key].__name__}, not {value!r}.")
     return cls
 

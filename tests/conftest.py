@@ -17,6 +17,10 @@ MECHANISMS = {
     "sink_tokens_4": SinkConfig("sink_tokens", {"n": 4}),
     "fixed_first_token": SinkConfig("fixed_first_token", {"id": 3}),
     "zero_sink": SinkConfig("zero_sink"),
+    "off_by_c": SinkConfig("off_by_c", {"c": 3.0}),
+    "sink_logit": SinkConfig("sink_logit"),
+    "key_bias": SinkConfig("key_bias"),
+    "key_value_bias": SinkConfig("key_value_bias"),
 }
 
 
@@ -29,6 +33,10 @@ def peaked(model: GPTNeoX, factor: float = 10.0, seed: int = 7) -> GPTNeoX:
                 p[: 2 * p.shape[1]] *= factor**0.5
             if p.dim() == 1 and ".sink." not in name:
                 p += 0.1 * torch.randn(p.shape, generator=generator)
+        # Behind the others, whose values then do not depend on the mechanism.
+        for name, p in model.named_parameters():
+            if ".sink." in name:
+                p += torch.randn(p.shape, generator=generator)
     return model
 
 
