@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MECHANISMS, peaked
+from conftest import MECHANISMS, TINY, peaked
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from sinkpretrain import export as export_module
-from sinkpretrain import hf
+from sinkpretrain import hf, sinks
 from sinkpretrain.config import ModelConfig, SinkConfig
 from sinkpretrain.errors import UserError
 from sinkpretrain.export import TOLERANCE, Exported, VerificationError, export
@@ -20,7 +20,8 @@ from sinkpretrain.model import GPTNeoX
 
 SIZE = 300
 CONFIG = ModelConfig(n_layer=2, d_model=32, n_head=2, vocab_size=384, tokenizer_size=SIZE, context=64)
-PLAIN = [name for name in MECHANISMS if name != "zero_sink"]
+PLAIN = [name for name, sink in MECHANISMS.items() if not sinks.build(sink, TINY).adds_column]
+COLUMNS = [name for name in MECHANISMS if name not in PLAIN]
 PREFIX = {
     "vanilla": [],
     "sink_tokens_1": [300],
@@ -193,9 +194,10 @@ def test_first_tokens_that_look_like_template_syntax(piece: str, tmp_path: Path,
     assert reloaded(tmp_path / "hf")[1]("").input_ids == [first]
 
 
-def test_zero_sink_is_refused(tmp_path: Path, tokenizer_file: Path) -> None:
-    run = make_run(tmp_path / "run", MECHANISMS["zero_sink"], tokenizer_file)
-    with pytest.raises(UserError, match=r"zero_sink changes .* vanilla, sink_tokens, fixed_first_token\."):
+@pytest.mark.parametrize("name", COLUMNS)
+def test_what_changes_attention_is_refused(name: str, tmp_path: Path, tokenizer_file: Path) -> None:
+    run = make_run(tmp_path / "run", MECHANISMS[name], tokenizer_file)
+    with pytest.raises(UserError, match=rf"{name} changes .* vanilla, sink_tokens, fixed_first_token\."):
         export(run, tmp_path / "hf")
     assert left_over(tmp_path) == []
 
