@@ -178,6 +178,14 @@ def merge_column(out_BHTD: Tensor, lse_BHT: Tensor, column: Column | None) -> Te
     return out if column.value is None else out + (1 - g) * column.value.unsqueeze(-2)
 
 
+def weighted_values(weights_BHTS: Tensor, mass_BHT: Tensor, v_BHSD: Tensor, column: Column | None) -> Tensor:
+    """The output, fp32 [B, H, T, D], of what ``attention_weights`` returned."""
+    out = weights_BHTS @ v_BHSD.float()
+    if column is None or column.value is None:
+        return out
+    return out + mass_BHT.unsqueeze(-1) * column.value.unsqueeze(-2)
+
+
 def attention_weights(
     q_BHTD: Tensor, k_BHSD: Tensor, column: Column | None, visible_TS: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkpretrain import hf, metrics
-from sinkpretrain.config import LogConfig, RunConfig, load_yaml, recipe_path
+from sinkpretrain.config import LogConfig, RunConfig, load_yaml, recipe_path, sink_recipe
 from sinkpretrain.data import Samples, Stream, open_data, training_order
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import write_json
 from sinkpretrain.lit import PretrainModule
+from sinkpretrain.model import GPTNeoX
 from sinkpretrain.provenance import provenance
 from sinkpretrain.tokens import TokenWriter
 from sinkpretrain.train import resolve, train
@@ -96,15 +97,12 @@ def bench(
             ),
         )
         for sink in sinks.split(","):
-            config = dataclasses.replace(
-                base, out=f"{folder}/{sink}", sink=load_yaml(RunConfig, recipe_path(sink)).sink, name=sink
-            )
+            config = dataclasses.replace(base, out=f"{folder}/{sink}", sink=sink_recipe(sink), name=sink)
             report["figures"].append(_show(ours(config), ceiling))
             if bare:
                 report["figures"].append(_show(bare_loop(config), ceiling))
         for peer in wanted:
             report["figures"].append(_show(peer_loop(peer, base), ceiling))
-            _clean()
     write_json(Path(out), report)
     return report
 
@@ -142,7 +140,7 @@ def ours(config: RunConfig) -> dict[str, Any]:
     rates = [line["tokens_per_second"] for line in metrics.read(Path(config.out)) if "tokens_per_second" in line]
     kept = rates[len(rates) // 3 :]
     rate = statistics.median(kept)
-    flops = PretrainModule(resolve(config, open_data(config.data))).model.flops_per_token()
+    flops = _flops(resolve(config, open_data(config.data)))
     tokens = config.data.batch_size * config.model.context
     return _figure(f"ours: {config.name}", rate, tokens, flops, first[0] - started, spread=max(kept) / min(kept) - 1)
 
@@ -151,12 +149,9 @@ def bare_loop(config: RunConfig) -> dict[str, Any]:
     """The same module's loss, optimizer and clipping in a loop of its own, on one batch that never changes."""
     _clean()
     config = resolve(config, open_data(config.data))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module = PretrainModule(config).to(device)
+    module = PretrainModule(config).to(_device())
     optimizer = module.configure_optimizers()
-    samples = Samples(open_data(config.data).train, config.model, module.model.prefix_ids)
-    stream = Stream(samples, training_order(config.data, samples), config.training.micro_batch)
-    ids, labels = (x.to(device) for x in next(iter(stream)))
+    ids, labels = _one_batch(config, module.model.prefix_ids)
     rate, first = _loop(lambda: module.loss(ids, labels), module.model, optimizer, ids.numel(), config.training.steps)
     return _figure(f"bare loop: {config.name}", rate, ids.numel(), module.model.flops_per_token(), first)
 
@@ -168,16 +163,12 @@ def peer_loop(peer: str, config: RunConfig) -> dict[str, Any]:
     """Another implementation of the same model in a bare loop: same tokens, precision, optimizer and clipping."""
     _clean()
     config = resolve(config, open_data(config.data))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net, loss = PEERS[peer](config)
-    net.to(device)
+    net.to(_device())
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
-    samples = Samples(open_data(config.data).train, config.model, ())
-    stream = Stream(samples, training_order(config.data, samples), config.training.micro_batch)
-    ids, labels = (x.to(device) for x in next(iter(stream)))
+    ids, labels = _one_batch(config, ())
     rate, first = _loop(lambda: loss(ids, labels), net, optimizer, ids.numel(), config.training.steps)
-    flops = PretrainModule(config).model.flops_per_token()
-    return _figure(peer, rate, ids.numel(), flops, first)
+    return _figure(peer, rate, ids.numel(), _flops(config), first)
 
 
 def _transformers(config: RunConfig, compiled: bool) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
@@ -267,6 +258,23 @@ def _figure(
         "first_step_seconds": round(first, 2),
         "spread": None if spread is None else round(spread, 4),
     }
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _one_batch(config: RunConfig, prefix: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Ids and labels of the first step, on the device."""
+    samples = Samples(open_data(config.data).train, config.model, prefix)
+    batch = next(iter(Stream(samples, training_order(config.data, samples), config.training.micro_batch)))
+    return batch.ids.to(_device()), batch.labels.to(_device())
+
+
+def _flops(config: RunConfig) -> float:
+    """Of training on one token; counted on a model without weights."""
+    with torch.device("meta"):
+        return GPTNeoX(config.model, config.sink, seed=None).flops_per_token()
 
 
 def matmul_rate(size: int = 8192) -> float:

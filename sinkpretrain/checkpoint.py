@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +73,6 @@ def is_log_spaced(step: int) -> bool:
     return step == 0 or (step <= 512 and step & (step - 1) == 0)
 
 
-def due(every: int) -> Callable[[int], bool]:
+def due(every: int, step: int) -> bool:
     """Whether something that happens every so many steps (0: never) is due after a step."""
-    return lambda step: every > 0 and step % every == 0
+    return every > 0 and step % every == 0

@@ -8,12 +8,11 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
-import yaml
 
-from sinkpretrain.config import RunConfig, from_dict, recipe_path
+from sinkpretrain.config import RunConfig, from_dict, load_yaml, recipe_path
 from sinkpretrain.errors import UserError
 
 
@@ -160,16 +159,7 @@ def load_run_config(argv: Sequence[str]) -> RunConfig:
 def _checked_recipe(name: str) -> Path:
     """The recipe's file, once its keys are known to be settings."""
     path = recipe_path(name)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the recipe {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"the recipe {path} is not a mapping of settings.")
-    try:
-        from_dict(RunConfig, data)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    load_yaml(RunConfig, path)
     return path
 
 
@@ -204,7 +194,6 @@ def stream(argv: Sequence[str]) -> int:
 
 
 def compare(argv: Sequence[str]) -> int:
-    """Parse by hand what jsonargparse cannot: any number of folders in front of the flags."""
     from sinkpretrain.compare import compare as run
     from sinkpretrain.compare import log_to_wandb, print_table
 
@@ -212,7 +201,9 @@ def compare(argv: Sequence[str]) -> int:
     parser.add_argument("paths", nargs="+", type=str, help="result or run folders, or folders that hold some")
     parser.add_argument("--out", type=str, required=True, help="folder for tables and figures")
     parser.add_argument("--paper", type=bool, default=True, help="show the paper's numbers beside ours")
-    parser.add_argument("--wandb", type=str, default="off", help="off, offline or online: also log them there")
+    parser.add_argument(
+        "--wandb", type=Literal["off", "offline", "online"], default="off", help="also log them to Weights & Biases"
+    )
     parser.add_argument("--wandb_project", type=str, default="sinkpretrain", help="its project")
     values = parser.parse(argv)
     comparison = run([Path(p) for p in values["paths"]], Path(values["out"]), paper=values["paper"])

@@ -112,6 +112,11 @@ class Comparison:
     differences: list[dict[str, Any]]
     paper: bool
 
+    @property
+    def has_paper(self) -> bool:
+        """Whether a number of the paper stands beside one of ours."""
+        return self.paper and any(entry["paper"] for g in self.groups for entry in g["cells"].values())
+
 
 def compare(paths: list[Path], out: Path, paper: bool = True) -> Comparison:
     """Compare results and runs, and write tables and figures into ``out``.
@@ -127,10 +132,14 @@ def compare(paths: list[Path], out: Path, paper: bool = True) -> Comparison:
     results, runs = find(paths)
     settings = sorted({s for r in results for s in r.settings}, key=_setting_order)
     table = [row(r, settings) for r in results]
-    comparison = Comparison(out, results, runs, settings, table, group(table, settings), differences(results), paper)
-    # All losses are read before anything is written, so that a file that is gone leaves nothing half done.
-    losses = [(_legend(r, results), {s: r.nll(s) for s in r.settings}) for r in results]
-    figures = {"perplexity": perplexity_figure(losses, settings)} if results else {}
+    # All losses are read, once, before anything is written, so that a file that is gone leaves nothing half done.
+    losses = [{s: r.nll(s) for s in r.settings} for r in results]
+    pairs = [d for r, nll in zip(results, losses, strict=True) for d in differences(r, nll)]
+    comparison = Comparison(out, results, runs, settings, table, group(table, settings), pairs, paper)
+    figures = {}
+    if results:
+        names = [_legend(r, results) for r in results]
+        figures["perplexity"] = perplexity_figure(list(zip(names, losses, strict=True)), settings)
     if runs:
         curves = [(r.config.name or r.folder.name, r.curve("train"), r.curve("validation")) for r in runs]
         figures["loss"] = loss_figure(curves)
@@ -285,30 +294,29 @@ def _full_name(lines: list[dict[str, Any]]) -> str:
     return f"{lines[0]['mechanism']}: {names}" + (f", step {step:,}" if step is not None else "")
 
 
-def differences(results: list[Result]) -> list[dict[str, Any]]:
+def differences(result: Result, losses: dict[str, NDArray[np.float32]]) -> list[dict[str, Any]]:
     """Each cache of a model against its own cache of the same size with the most initial positions, over all tokens."""
+    order = {s: _setting_order(s) for s in losses}
+    caches = sorted((s for s in losses if order[s][0] == 0), key=order.__getitem__)
     found = []
-    for result in results:
-        caches = {s: _setting_order(s) for s in result.settings if _setting_order(s)[0] == 0}
-        references = {size: max((s for s in caches if caches[s][1] == size), key=lambda s: caches[s][2:3]) for size in
-                      {order[1] for order in caches.values()}}  # fmt: skip
-        for setting in sorted(caches, key=_setting_order):
-            reference = references[caches[setting][1]]
-            if setting == reference:
-                continue
-            mean, low, high = paired_difference(result.nll(setting), result.nll(reference))
-            found.append(
-                {
-                    "mechanism": result.mechanism,
-                    "name": result.name,
-                    "setting": setting,
-                    "reference": reference,
-                    "nats": mean,
-                    "interval": [low, high],
-                    "percent": 100 * math.expm1(min(mean, 50.0)),
-                    "percent_interval": [100 * math.expm1(min(v, 50.0)) for v in (low, high)],
-                }
-            )
+    for setting in caches:
+        same_size = [s for s in caches if order[s][1] == order[setting][1]]
+        reference = max(same_size, key=lambda s: order[s][2])
+        if setting == reference:
+            continue
+        mean, low, high = paired_difference(losses[setting], losses[reference])
+        found.append(
+            {
+                "mechanism": result.mechanism,
+                "name": result.name,
+                "setting": setting,
+                "reference": reference,
+                "nats": mean,
+                "interval": [low, high],
+                "percent": 100 * math.expm1(min(mean, 50.0)),
+                "percent_interval": [100 * math.expm1(min(v, 50.0)) for v in (low, high)],
+            }
+        )
     return found
 
 
@@ -344,13 +352,12 @@ def markdown(c: Comparison) -> str:
     """The table, the paired differences, the paper's table and where the numbers come from."""
     lines = ["# Streaming perplexity", ""]
     if c.results:
-        has_paper = c.paper and any(e["paper"] for g in c.groups for e in g["cells"].values())
         head = ["mechanism", *map(_heading, c.settings)]
         lines += _markdown_table(
             head,
-            [[_row_title(g)] + [cell(g["cells"].get(s), has_paper) for s in c.settings] for g in c.groups],
+            [[_row_title(g)] + [cell(g["cells"].get(s), c.has_paper) for s in c.settings] for g in c.groups],
         )
-        lines += ["", *(["In parentheses: " + paper.CITATION + "."] if has_paper else [])]
+        lines += ["", *(["In parentheses: " + paper.CITATION + "."] if c.has_paper else [])]
         lines += _conditions(c)
         if c.differences:
             lines += ["", "## Against the most initial positions", ""]
@@ -369,7 +376,7 @@ def markdown(c: Comparison) -> str:
                     for d in c.differences
                 ],
             )
-        if c.paper and not has_paper:
+        if c.paper and not c.has_paper:
             lines += ["", f"## The paper's table ({paper.CITATION})", ""]
             settings = list(next(iter(paper.TABLE_3.values())))
             lines += _markdown_table(
@@ -475,14 +482,13 @@ def _finite(value: Any) -> Any:
 
 def print_table(c: Comparison, console: Console) -> None:
     """The table in the terminal."""
-    has_paper = c.paper and any(e["paper"] for g in c.groups for e in g["cells"].values())
     if c.results:
-        title = "streaming perplexity" + (f" (in parentheses: {paper.CITATION})" if has_paper else "")
+        title = "streaming perplexity" + (f" (in parentheses: {paper.CITATION})" if c.has_paper else "")
         table = Table("mechanism", *map(_heading, c.settings), title=title)
         for g in c.groups:
-            table.add_row(_row_title(g), *(cell(g["cells"].get(s), has_paper) for s in c.settings))
+            table.add_row(_row_title(g), *(cell(g["cells"].get(s), c.has_paper) for s in c.settings))
         console.print(table)
-    if c.results and c.paper and not has_paper:
+    if c.results and c.paper and not c.has_paper:
         settings = list(next(iter(paper.TABLE_3.values())))
         table = Table("mechanism", *settings, title=f"for comparison, {paper.CITATION} (160M parameters)")
         for mechanism, values in paper.TABLE_3.items():

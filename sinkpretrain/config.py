@@ -281,14 +281,22 @@ def save_yaml(config: Any, path: Path) -> None:
 
 
 def load_yaml(cls: type[T], path: Path) -> T:
-    """Read a config written by ``save_yaml``; raises UserError for anything else."""
+    """Read a config written by ``save_yaml`` or by hand; raises UserError, naming the file, for anything else."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the configuration {path}: {error}") from error
+        raise UserError(f"cannot read the configuration {path}: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise UserError(f"the configuration {path} is not a mapping of settings.")
-    return from_dict(cls, data)
+    try:
+        return from_dict(cls, data)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def sink_recipe(name: str) -> SinkConfig:
+    """The sink mechanism of a recipe; raises UserError if there is no such recipe."""
+    return load_yaml(RunConfig, recipe_path(name)).sink
 
 
 def recipe_path(name: str) -> Path:

@@ -8,16 +8,13 @@ from __future__ import annotations
 import sysconfig
 import time
 from pathlib import Path
-from typing import Any
 
-from sinkpretrain.config import RunConfig, from_dict
+from sinkpretrain.config import RunConfig, from_dict, sink_recipe, to_dict
 from sinkpretrain.errors import UserError
 
-MECHANISMS: dict[str, dict[str, Any]] = {
-    "vanilla": {"mechanism": "vanilla"},
-    "zero-sink": {"mechanism": "zero_sink"},
-    "one-sink-token": {"mechanism": "sink_tokens", "options": {"n": 1}},
-}
+SINKS = ("vanilla", "zero-sink", "one-sink-token")
+"""Recipes of the mechanisms that are compared."""
+
 CACHES = "0+64,1+63,2+62,4+60"
 STREAMED_TOKENS = 50_000
 
@@ -28,15 +25,15 @@ HONEST = (
 )
 
 
-def recipe(name: str, sink: dict[str, Any], data: Path, out: Path, steps: int) -> RunConfig:
+def recipe(sink: str, data: Path, out: Path, steps: int) -> RunConfig:
     """A model of a million parameters, context 128, for one minute on two cores."""
     return from_dict(
         RunConfig,
         {
             "out": str(out),
-            "name": name,
+            "name": sink,
             "model": {"n_layer": 4, "d_model": 128, "n_head": 4, "context": 128},
-            "sink": sink,
+            "sink": to_dict(sink_recipe(sink)),
             "data": {"path": str(data), "batch_size": 16, "validation_samples": 128},
             "optimizer": {"lr": 2e-3, "min_lr": 2e-4, "warmup": 0.05},
             "training": {"steps": steps, "micro_batch": 16, "precision": "32-true"},
@@ -99,11 +96,11 @@ def demo(out: str = "demo", text: str = "", steps: int = 600, paper: bool = True
     if held_out < 1000:
         raise UserError(f"the text leaves only {held_out} tokens to evaluate on; give more text (a few megabytes).")
 
-    stage(2, f"training {len(MECHANISMS)} models of the same size on the same batches")
+    stage(2, f"training {len(SINKS)} models of the same size on the same batches")
     runs = []
-    for name, sink in MECHANISMS.items():
-        run = folder / "runs" / name
-        result = train(recipe(name, sink, folder / "data", run, steps))
+    for sink in SINKS:
+        run = folder / "runs" / sink
+        result = train(recipe(sink, folder / "data", run, steps))
         if not result.finished:
             raise KeyboardInterrupt
         runs.append(run)

@@ -20,7 +20,7 @@ from torch import Tensor
 from sinkpretrain import __version__, hf, sinks
 from sinkpretrain.config import ModelConfig, SinkConfig, to_dict
 from sinkpretrain.errors import UserError
-from sinkpretrain.files import out_of_space, write_json
+from sinkpretrain.files import disk_faults, write_json
 from sinkpretrain.load import METADATA_KEY, LoadedModel, load_model
 from sinkpretrain.model import GPTNeoX
 
@@ -87,18 +87,13 @@ def export(
 
     temporary, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     try:
-        temporary.mkdir(parents=True)
-        _write(temporary, loaded, tokenizer, dtype)
-        difference = _verify(temporary, loaded)
-        if out.exists():
-            out.rename(old)
-        temporary.rename(out)
-    except Exception as error:
-        if out_of_space(error):
-            raise UserError(f"cannot write {out}: the disk is full; free some space and export again.") from error
-        if isinstance(error, PermissionError):
-            raise UserError(f"cannot write {out}: permission denied; choose a folder you can write to.") from error
-        raise
+        with disk_faults(out):
+            temporary.mkdir(parents=True)
+            _write(temporary, loaded, tokenizer, dtype)
+            difference = _verify(temporary, loaded)
+            if out.exists():
+                out.rename(old)
+            temporary.rename(out)
     finally:
         if old.exists() and not out.exists():
             old.rename(out)

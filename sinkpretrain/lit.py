@@ -26,7 +26,7 @@ from sinkpretrain.data import Batch, shared_targets
 from sinkpretrain.load import METADATA_KEY, save_weights
 from sinkpretrain.measures import sink_measures
 from sinkpretrain.model import MLP, GPTNeoX
-from sinkpretrain.ops import IGNORED, linear_cross_entropy
+from sinkpretrain.ops import IGNORED, can_fuse, linear_cross_entropy
 from sinkpretrain.progress import ProgressBar
 from sinkpretrain.signals import StopRequest
 
@@ -80,8 +80,7 @@ class PretrainModule(L.LightningModule):
         # A graph break would cost a third of the speed in silence: fullgraph makes it an error.
         maybe = functools.partial(torch.compile, fullgraph=True) if config.training.compile else (lambda f: f)
         self._hidden: Callable[..., Tensor] = maybe(self.model.hidden)
-        # The fused loss is one kernel and three matrix products: nothing is left to compile.
-        self._head_loss = linear_cross_entropy if self._fused else maybe(linear_cross_entropy)
+        self._plain_loss: Callable[..., Tensor] = maybe(linear_cross_entropy)
         self._pending: list[tuple[int, float, Tensor, Tensor]] = []
         self._last_validation = ""
 
@@ -94,8 +93,11 @@ class PretrainModule(L.LightningModule):
     def loss(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
         """Mean negative log-likelihood, nats per target, in fp32."""
         hidden = self._hidden(ids_BT, self.model.causal(ids_BT.shape[1], ids_BT.device))
-        weight = self.model.head.weight
-        return self._head_loss(hidden.flatten(0, 1), weight, labels_BT.flatten(), self._fused)
+        # The fused loss is one kernel and three matrix products: nothing is left to compile. Where it does not apply
+        # (a CPU, fp32, validation), the plain one is compiled like the rest.
+        fused = self._fused and can_fuse(hidden)
+        head_loss = linear_cross_entropy if fused else self._plain_loss
+        return head_loss(hidden.flatten(0, 1), self.model.head.weight, labels_BT.flatten(), fused)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One optimizer step on this process's share of the step's samples, in as many passes as ``micro_batch`` asks.
@@ -164,12 +166,12 @@ class PretrainModule(L.LightningModule):
     def _between_steps(self, step: int) -> None:
         """Flush, validate, measure, save, in this order: what a checkpoint follows is written before it."""
         log, last = self.config.log, step == self.config.training.steps
-        flush = due(log.every)(step) or last
+        flush = due(log.every, step) or last
         stopping = self._agree_to_stop(step, flush)
-        validate = (due(log.validate_every)(step) or last) and self._validation is not None
-        probe = (due(log.probe_every)(step) or last) and self._probe is not None
-        save = step > 0 and (due(log.checkpoint_every)(step) or last or stopping)
-        keep_weights = is_log_spaced(step) or due(log.weights_every)(step) or last
+        validate = (due(log.validate_every, step) or last) and self._validation is not None
+        probe = (due(log.probe_every, step) or last) and self._probe is not None
+        save = step > 0 and (due(log.checkpoint_every, step) or last or stopping)
+        keep_weights = is_log_spaced(step) or due(log.weights_every, step) or last
         if self._pending and (flush or validate or probe or save or keep_weights):
             self._flush()
         if validate:

@@ -176,7 +176,7 @@ def _load_hf(folder: Path) -> LoadedModel:
 
 def _filled(config: ModelConfig, sink: SinkConfig, state: dict[str, Tensor], source: Path) -> GPTNeoX:
     with torch.device("meta"):
-        model = GPTNeoX(replace(config), sink, seed=None)
+        model = GPTNeoX(config, sink, seed=None)
     try:
         model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     except RuntimeError as error:

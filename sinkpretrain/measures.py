@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sinkpretrain import sinks
-from sinkpretrain.attention import attention_weights, rotate
+from sinkpretrain.attention import attention_weights, rotate, weighted_values
 from sinkpretrain.model import GPTNeoX
 
 SINK_THRESHOLD = 0.3
@@ -37,16 +37,13 @@ def sink_measures(model: GPTNeoX, ids_BT: Tensor) -> dict[str, Any]:
 
     def probe(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> Tensor:
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        weights, mass = attention_weights(q, k, sink.column(q), visible)
+        extra = sink.column(q)
+        weights, mass = attention_weights(q, k, extra, visible)
         first.append(weights[:, :, 1:, 0].mean())
         prefix.append(weights[:, :, n_prefix:, :n_prefix].sum(-1).mean())
         column.append(mass[:, :, 1:].mean())
         alpha.append(weights[..., 0].mean(-1))  # [B, H]
-        out = weights @ v.float()
-        extra = sink.column(q)
-        if extra is not None and extra.value is not None:
-            out = out + mass.unsqueeze(-1) * extra.value.unsqueeze(-2)
-        return out
+        return weighted_values(weights, mass, v, extra)
 
     model.hidden(ids_BT, probe)
     floor = (1.0 / torch.arange(2, T + 1, dtype=torch.float64)).mean()

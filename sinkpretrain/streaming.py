@@ -24,7 +24,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sinkpretrain import sinks
-from sinkpretrain.attention import attention_weights, masked_attention, merge_column, merge_keys, rotate
+from sinkpretrain.attention import (
+    attention_weights,
+    masked_attention,
+    merge_column,
+    merge_keys,
+    rotate,
+    weighted_values,
+)
 from sinkpretrain.errors import UserError
 from sinkpretrain.model import GPTNeoX
 
@@ -203,9 +210,7 @@ def token_loop_nll(
         column = None if drop_column else sink.column(q_slot)
         visible = torch.ones(1, len(slots), dtype=torch.bool, device=device)
         weights, mass = attention_weights(q_slot, k_slot, column, visible)
-        out = weights @ v.float()
-        if column is not None and column.value is not None:
-            out = out + mass.unsqueeze(-1) * column.value.unsqueeze(-2)
+        out = weighted_values(weights, mass, v, column)
         if k.shape[2] > cache.size:
             keep = torch.cat((slots[: cache.start], slots[cache.start + 1 :]))
             k, v = k[:, :, keep], v[:, :, keep]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -276,8 +277,6 @@ def _plugins() -> list[Any]:
 
 def validation_share(samples: Samples, count: int, config: RunConfig, trainer: L.Trainer) -> list[Batch]:
     """This process's part of the fixed validation set (its first ``count`` samples), in micro-batches."""
-    import numpy as np
-
     mine = np.arange(trainer.global_rank, count, trainer.world_size)
     size = config.training.micro_batch
     return [samples.batch(mine[i : i + size]) for i in range(0, len(mine), size)]
@@ -285,8 +284,6 @@ def validation_share(samples: Samples, count: int, config: RunConfig, trainer: L
 
 def probe_ids(samples: Samples) -> torch.Tensor:
     """Ids [B, T] of the first validation samples, cut to a length at which eager attention is cheap."""
-    import numpy as np
-
     count = min(PROBE_SAMPLES, samples.n_samples)
     return samples.batch(np.arange(count)).ids[:, :PROBE_TOKENS]
 
