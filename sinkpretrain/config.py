@@ -167,6 +167,8 @@ class TrainingConfig:
         accelerator: ``cpu``, ``cuda`` or ``auto``.
         devices: processes per node; 0 means every GPU of the node, or one CPU process.
         nodes: number of nodes.
+        strategy: ``ddp`` keeps the whole model on every device, ``fsdp`` a slice of it; ``auto`` takes fsdp for several
+            devices and a billion parameters or more.
         deterministic: ask torch for bitwise repeatable kernels.
     """
 
@@ -179,6 +181,7 @@ class TrainingConfig:
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 0
     nodes: int = 1
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     deterministic: bool = False
 
 

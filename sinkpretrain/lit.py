@@ -28,6 +28,7 @@ from sinkpretrain.measures import sink_measures
 from sinkpretrain.model import MLP, GPTNeoX
 from sinkpretrain.ops import IGNORED, can_fuse, linear_cross_entropy
 from sinkpretrain.progress import ProgressBar
+from sinkpretrain.sharding import shard, whole, whole_state
 from sinkpretrain.signals import StopRequest
 
 
@@ -78,15 +79,27 @@ class PretrainModule(L.LightningModule):
                 module.fused = self._fused
         # Compiling functions instead of wrapping the module keeps the names of the weights.
         # A graph break would cost a third of the speed in silence: fullgraph makes it an error.
-        maybe = functools.partial(torch.compile, fullgraph=True) if config.training.compile else (lambda f: f)
-        self._hidden: Callable[..., Tensor] = maybe(self.model.hidden)
-        self._plain_loss: Callable[..., Tensor] = maybe(linear_cross_entropy)
+        self._maybe_compiled = (
+            functools.partial(torch.compile, fullgraph=True) if config.training.compile else (lambda f: f)
+        )
+        self._hidden: Callable[..., Tensor] = self._maybe_compiled(self.model.hidden)
+        self._plain_loss: Callable[..., Tensor] = self._maybe_compiled(linear_cross_entropy)
         self._pending: list[tuple[int, float, Tensor, Tensor]] = []
         self._last_validation = ""
 
     def set_validation(self, batches: Callable[[], list[Batch]], probe: Tensor) -> None:
         """Give it this process's share of the validation batches, and ids [B, T] for the attention measures."""
         self._validation, self._probe = batches, probe
+
+    def configure_model(self) -> None:
+        """Shard the model if the strategy has a mesh for it. Weights then come and go between blocks, which no graph
+        can hold: blocks are compiled one by one, inside the exchange."""
+        if self.device_mesh is None:
+            return
+        shard(self.model, self.device_mesh["data_parallel"])
+        for block in self.model.blocks:
+            block.forward = self._maybe_compiled(block.forward)
+        self._hidden = self.model.hidden
 
     # --- one step -------------------------------------------------------------------------------------------------
 
@@ -134,7 +147,7 @@ class PretrainModule(L.LightningModule):
     def _clip(self) -> Tensor:
         """Clip the global gradient norm here rather than in Lightning, which refuses to with a fused optimizer."""
         limit = self.config.optimizer.clip or float("inf")
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit, foreach=True)
+        return whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit, foreach=True))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         o = self.config.optimizer
@@ -178,8 +191,8 @@ class PretrainModule(L.LightningModule):
             self._validate(step)
         if probe:
             self._measure(step)
-        if keep_weights and self.trainer.is_global_zero:
-            save_weights(self.model, weights_path(self._run, step), step, self.config.name)
+        if keep_weights:
+            self._keep_weights(step)
         if save:
             self.trainer.save_checkpoint(checkpoint_path(self._run, step))
             if self.trainer.is_global_zero:
@@ -190,6 +203,11 @@ class PretrainModule(L.LightningModule):
         if validate or probe or save or keep_weights:
             # Not training: keep it out of the next tokens/s.
             self._clock, self._clock_step = time.perf_counter(), step
+
+    def _keep_weights(self, step: int) -> None:
+        state = whole_state(self.model, keep=self.trainer.is_global_zero)  # all processes take part in this
+        if self.trainer.is_global_zero:
+            save_weights(self.model, weights_path(self._run, step), step, self.config.name, state=state)
 
     @property
     def _run(self) -> Path:
@@ -268,7 +286,7 @@ class PretrainModule(L.LightningModule):
 
     def _measure(self, step: int) -> None:
         assert self._probe is not None
-        with self._evaluating():
+        with self._evaluating(), torch.compiler.set_stance("force_eager"):  # it looks inside attention
             measures = sink_measures(self.model, self._probe.to(self.device))
         self._write([{"kind": "probe", "step": step, **measures}])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,22 @@ class LoadedModel:
         }
 
 
-def save_weights(model: GPTNeoX, path: Path, step: int, name: str = "", dtype: torch.dtype | None = None) -> None:
-    """Write a model as one safetensors file that says itself what it is; atomic; raises UserError on a full disk."""
+def save_weights(
+    model: GPTNeoX,
+    path: Path,
+    step: int,
+    name: str = "",
+    dtype: torch.dtype | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a model as one safetensors file that says itself what it is; atomic; raises UserError on a full disk.
+
+    ``state`` stands in for the model's own where that is not whole (a sharded model).
+    """
     from safetensors.torch import save_file
 
-    state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in model.state_dict().items()}
+    state = model.state_dict() if state is None else state
+    state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in state.items()}
     about = {"model": to_dict(model.config), "sink": to_dict(model.sink_config), "step": step, "name": name}
     write_atomically(path, lambda p: save_file(state, p, metadata={METADATA_KEY: json.dumps(about)}))
 

@@ -21,7 +21,7 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from sinkpretrain import metrics, sinks
 from sinkpretrain.checkpoint import AtomicCheckpointIO, newest_checkpoint
@@ -31,11 +31,23 @@ from sinkpretrain.errors import UserError
 from sinkpretrain.files import read_json, sha256_file, write_atomically, write_json
 from sinkpretrain.lit import PretrainModule
 from sinkpretrain.load import step_of
+from sinkpretrain.model import GPTNeoX
 from sinkpretrain.provenance import provenance
+from sinkpretrain.sharding import ShardedStrategy
 from sinkpretrain.signals import StopRequest
 
 FREE_TO_CHANGE = ("out", "name", "log", "data.path", "data.validation_path")
-FREE_IN_TRAINING = ("steps", "micro_batch", "compile", "fused", "accelerator", "devices", "nodes", "deterministic")
+FREE_IN_TRAINING = (
+    "steps",
+    "micro_batch",
+    "compile",
+    "fused",
+    "accelerator",
+    "devices",
+    "nodes",
+    "strategy",
+    "deterministic",
+)
 """Settings that a resumed run may change: where and how fast it runs, how long, and what is logged. Whether moved data
 are the same data is decided by their hashes."""
 
@@ -153,6 +165,24 @@ def world_size(config: RunConfig) -> int:
     return per_node * config.training.nodes
 
 
+SHARD_FROM = 1_000_000_000
+"""Parameters from which several devices share one model: weights, gradients and AdamW's moments take 16 bytes each."""
+
+
+def strategy(config: RunConfig) -> Strategy | str:
+    """How several processes train one model; raises UserError for a precision that sharding does not know."""
+    world, wanted = world_size(config), config.training.strategy
+    if wanted == "auto":
+        with torch.device("meta"):
+            large = GPTNeoX(config.model, config.sink, seed=None).n_parameters() >= SHARD_FROM
+        wanted = "fsdp" if large and world > 1 else "ddp"
+    if wanted == "fsdp":
+        if config.training.precision == "64-true":
+            raise UserError("training.strategy fsdp does not know training.precision 64-true; use 32-true or ddp.")
+        return ShardedStrategy(world)
+    return DDPStrategy(gradient_as_bucket_view=True) if world > 1 else "auto"
+
+
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
     """Dotted names of the settings in which two resumable configurations differ, with both values."""
     found = []
@@ -246,7 +276,7 @@ def build(config: RunConfig, tokens: Tokens, stop: StopRequest) -> tuple[Pretrai
         accelerator=kind,
         devices=world // config.training.nodes,
         num_nodes=config.training.nodes,
-        strategy=DDPStrategy(gradient_as_bucket_view=True) if world > 1 else "auto",
+        strategy=strategy(config),
         precision=config.training.precision,
         max_steps=config.training.steps,
         max_epochs=-1,

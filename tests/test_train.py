@@ -62,9 +62,9 @@ def checkpoint(run: Path, step: int = STEPS) -> dict[str, Any]:
     return torch.load(run / "checkpoints" / f"step-{step:07d}.ckpt", weights_only=True)
 
 
-def same(a: Path, b: Path) -> bool:
+def same(a: Path, b: Path, step: int = STEPS) -> bool:
     """Weights, optimizer state and records equal to the last bit."""
-    left, right = checkpoint(a), checkpoint(b)
+    left, right = checkpoint(a, step), checkpoint(b, step)
     weights = all(torch.equal(v, right["state_dict"][k]) for k, v in left["state_dict"].items())
     moments = all(
         torch.equal(v, right["optimizer_states"][0]["state"][p][k])

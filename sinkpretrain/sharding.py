@@ -1,0 +1,106 @@
+"""Models larger than one device: every process keeps a slice of each weight (FSDP2), checkpoints stay whole.
+
+A block's weights are put together just before the block runs and let go right after. What is saved is what one process
+would have saved, so a checkpoint moves between strategies and numbers of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from sinkpretrain.model import GPTNeoX
+
+
+def shard(model: GPTNeoX, mesh: DeviceMesh) -> None:
+    """Slice the weights over a one-dimensional mesh: each block is a unit, what is outside the blocks another.
+
+    Weights and their gradients stay in the precision they are in; autocast does the rest, as it does unsharded.
+    """
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    # The weights outside the blocks stay whole from the embedding to the loss, which reads the output matrix itself.
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "hidden")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor behind a sharded one (every process must ask for it); any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state(module: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """The module's state with nothing sharded, one tensor at a time put together on every process.
+
+    Args:
+        module: sharded or not.
+        keep: whether this process wants it; the others take part and get nothing. Kept tensors of a sharded module are
+            on the CPU.
+    """
+    state = {}
+    for name, value in module.state_dict().items():
+        full = whole(value)
+        if keep:
+            state[name] = full.cpu() if isinstance(value, DTensor) else full
+    return state
+
+
+def like(full: Tensor, pattern: Tensor) -> Tensor:
+    """This process's slice of ``full``, cut as ``pattern`` is; ``full`` itself if that is not sharded."""
+    if not isinstance(pattern, DTensor) or full.shape != pattern.shape:
+        return full
+    return distribute_tensor(full, pattern.device_mesh, pattern.placements, src_data_rank=None)
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Lightning's FSDP2 strategy, with checkpoints in the format of every other strategy.
+
+    Lightning's own whole checkpoints number the optimizer's states by the order of the module's parameters; an
+    optimizer numbers them by its groups, and the two differ as soon as there is more than one group.
+    """
+
+    def __init__(self, world: int) -> None:
+        super().__init__(data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return whole_state(self.lightning_module, keep=self.is_global_zero)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        packed = plain.state_dict()
+        states = {
+            number: {name: whole(value).cpu() for name, value in state.items()}
+            for number, state in packed["state"].items()
+        }
+        return {"state": states, "param_groups": packed["param_groups"]} if self.is_global_zero else {}
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, map_location="cpu", weights_only=weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        patterns = self.lightning_module.state_dict()
+        state = {k: like(v, patterns[k]) if k in patterns else v for k, v in checkpoint["state_dict"].items()}
+        self.lightning_module.load_state_dict(state, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, packed in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            states = {
+                number: {name: like(value, parameters[number]) for name, value in state.items()}
+                for number, state in packed["state"].items()
+            }
+            optimizer.load_state_dict({"state": states, "param_groups": packed["param_groups"]})

@@ -1,0 +1,117 @@
+"""Sharded training: the same losses, the same checkpoints, whatever the strategy and the number of processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from data_factory import make_data
+from test_train import checkpoint, config, record, run_command, same, stop_after
+
+from sinkpretrain.config import ModelConfig, RunConfig, SinkConfig, load_yaml, recipe_path
+from sinkpretrain.errors import UserError
+from sinkpretrain.load import load_model
+from sinkpretrain.model import GPTNeoX
+from sinkpretrain.sharding import ShardedStrategy
+from sinkpretrain.train import strategy, train
+
+STEPS = 6
+
+
+def small(data: Path, out: Path) -> RunConfig:
+    """Three heads over two processes: sink parameters of [3, 16] are sliced unevenly. Clipping is in effect."""
+    base = config(data, out, steps=STEPS)
+    return dataclasses.replace(
+        base,
+        model=ModelConfig(n_layer=2, d_model=48, n_head=3, context=32),
+        sink=SinkConfig("key_value_bias"),
+        optimizer=dataclasses.replace(base.optimizer, clip=0.1),
+        log=dataclasses.replace(base.log, every=2, validate_every=3, probe_every=3, checkpoint_every=3),
+    )
+
+
+def sharded_run(base: RunConfig, folder: Path, stop: int = 0) -> None:
+    done = run_command(base, folder, "--training.devices", "2", "--training.strategy", "fsdp", stop=stop)
+    assert done.returncode == 0, done.stderr
+
+
+def agree(run: Path, reference: Path) -> None:
+    """Losses, norms and measures as recorded; moments of every parameter, so that none can have changed places."""
+    for ours, theirs in zip(record(run), record(reference), strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            if key != "uniform_floor" and not isinstance(value, str):
+                assert value == pytest.approx(theirs[key], rel=1e-4, abs=1e-4), (key, ours["step"])
+    left, right = (checkpoint(r, STEPS)["optimizer_states"][0] for r in (run, reference))
+    assert left["param_groups"] == right["param_groups"]
+    assert left["state"].keys() == right["state"].keys()
+    for number, state in right["state"].items():
+        for name, want in state.items():
+            got = left["state"][number][name]
+            assert got.shape == want.shape
+            assert ((got - want).norm() / want.norm().clamp_min(1e-12)).item() < 1e-3, (number, name)
+
+
+def test_sharded_equals_plain_and_checkpoints_move(tmp_path: Path, monkeypatch) -> None:
+    """Two gloo processes with a slice each against one process with everything; stopped under one, resumed under the
+    other, both ways; and resumed sharded to the last bit."""
+    data = make_data(tmp_path / "data")
+
+    def run(name: str) -> RunConfig:
+        return small(data, tmp_path / name)
+
+    train(run("plain"))
+    sharded_run(run("sharded"), tmp_path / "a")
+    agree(tmp_path / "sharded", tmp_path / "plain")
+    kept = [load_model(p) for p in sorted((tmp_path / "sharded" / "weights").iterdir())]
+    assert [m.step for m in kept] == [0, 1, 2, 4, 6]
+
+    sharded_run(run("half"), tmp_path / "b", stop=3)
+    shutil.copytree(tmp_path / "half", tmp_path / "moved")
+    sharded_run(run("half"), tmp_path / "b")
+    assert same(tmp_path / "half", tmp_path / "sharded", STEPS)
+    assert train(run("moved")).finished
+    agree(tmp_path / "moved", tmp_path / "plain")
+
+    with monkeypatch.context() as m:
+        stop_after(3, m)
+        train(run("back"))
+    sharded_run(run("back"), tmp_path / "c")
+    agree(tmp_path / "back", tmp_path / "plain")
+
+
+def test_which_strategy(tmp_path: Path) -> None:
+    def chosen(model: str, **training: object) -> str:
+        base = load_yaml(RunConfig, recipe_path(model))
+        training = {"accelerator": "cpu", "devices": 2} | training
+        base = dataclasses.replace(base, training=dataclasses.replace(base.training, **training))
+        return type(strategy(base)).__name__
+
+    assert chosen("pythia-410m") == "DDPStrategy"
+    assert chosen("pythia-1b") == "ShardedStrategy"
+    assert chosen("pythia-1b", devices=1) == "str"
+    assert chosen("pythia-1b", strategy="ddp") == "DDPStrategy"
+    assert chosen("pythia-160m", strategy="fsdp") == ShardedStrategy.__name__
+    with pytest.raises(UserError, match="64-true"):
+        chosen("pythia-1b", precision="64-true")
+
+
+@pytest.mark.parametrize("sink", ["vanilla", "key_value_bias"])
+def test_blocks_compile_once(sink: str, tiny: ModelConfig) -> None:
+    """Under sharding each block is compiled by itself; one graph must serve all of them, or large models would take
+    minutes to start and more than eight blocks would be refused."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    net = GPTNeoX(dataclasses.replace(tiny, n_layer=10), SinkConfig(sink))
+    for block in net.blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
+    net(torch.randint(0, 96, (2, 48)))
+    assert len(graphs) == 1
