@@ -1,60 +1,261 @@
-"""How much attention goes to the sink: measured on the attention itself, recomputed eagerly for a few samples."""
+"""What tells a sink: where attention goes, and what it does to values and to the residual stream.
+
+Formulas and sources of every measure are in ``docs/measures.md``.
+Letters of the axes: L layers, B sequences, H heads, T queries, S keys, C width of the residual stream.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sinkpretrain import sinks
-from sinkpretrain.attention import attention_weights, rotate, weighted_values
+from sinkpretrain.attention import attention_weights
 from sinkpretrain.model import GPTNeoX
+from sinkpretrain.observe import observe
 
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
+"""epsilon of Sink_k; Gu et al. (2024, arXiv 2410.10781, section 3) report 0.3."""
 SINK_THRESHOLD = 0.3
-"""epsilon of Sink_k (Gu et al. 2024, arXiv 2410.10781, section 3)."""
 
 
-@torch.no_grad()
-def sink_measures(model: GPTNeoX, ids_BT: Tensor) -> dict[str, Any]:
-    """Attention that the first position and the mechanism's column receive, from all queries after the first.
+# --- of one layer -------------------------------------------------------------------------------------------------
+
+
+def alpha(weights_BHTS: Tensor, position: int) -> Tensor:
+    """alpha_k [B, H]: mean attention to key ``position`` of the queries that see it, itself included."""
+    received: Tensor = weights_BHTS[:, :, position:, position].mean(-1)
+    return received
+
+
+def uniform_floor(first_query: int, length: int) -> float:
+    """What even attention gives a key: the mean of 1/(i + 1) over the causal queries first_query .. length - 1."""
+    return float((1.0 / torch.arange(first_query + 1, length + 1, dtype=torch.float64)).mean())
+
+
+def entropy(weights_BHTS: Tensor, mass_BHT: Tensor) -> Tensor:
+    """Entropy [B, H] of the attention, nats, mean over queries; the column is one more outcome.
+
+    Rows that do not sum to 1 (no softmax) are normalised first.
+    """
+    p = torch.cat((weights_BHTS, mass_BHT.unsqueeze(-1)), dim=-1)
+    p = p / p.sum(-1, keepdim=True).clamp(min=1e-30)
+    mean: Tensor = -torch.special.xlogy(p, p).sum(-1).mean(-1)
+    return mean
+
+
+def value_norm_ratio(v_BHSD: Tensor) -> Tensor:
+    """|v_0| over the mean |v_j| of the other positions, [B, H]."""
+    norms = v_BHSD.float().norm(dim=-1)
+    ratio: Tensor = norms[..., 0] / norms[..., 1:].mean(-1)
+    return ratio
+
+
+def massive_ratio(h_BTC: Tensor) -> Tensor:
+    """max |h| over median |h| of each sequence, [B]."""
+    size = h_BTC.float().abs().flatten(1)
+    ratio: Tensor = size.amax(-1) / size.median(-1).values
+    return ratio
+
+
+def norm_ratio(h_BTC: Tensor) -> Tensor:
+    """|h_0| over the mean |h_t| of the other positions, [B]."""
+    norms = h_BTC.float().norm(dim=-1)
+    ratio: Tensor = norms[:, 0] / norms[:, 1:].mean(-1)
+    return ratio
+
+
+def kurtosis(h_BTC: Tensor) -> Tensor:
+    """Fourth standardised moment over a token's channels, mean over tokens, [B]; 3 for a normal distribution."""
+    h = h_BTC.float()
+    centred = h - h.mean(-1, keepdim=True)
+    second = centred.square().mean(-1)
+    return (centred.pow(4).mean(-1) / second.square().clamp(min=1e-30)).mean(-1)
+
+
+def sink_rate(alpha_LBH: Tensor, threshold: float) -> float:
+    """Sink_k: the share of (layer, sequence, head) whose alpha_k is above ``threshold``."""
+    return float((alpha_LBH > threshold).double().mean())
+
+
+# --- of a model ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Everything measured on some sequences of one length.
+
+    length, n_prefix: positions of a sequence, and how many of them are the mechanism's prefix.
+    first: alpha of position 0, [L, B, H]; text: alpha of the first text token; column: mean mass on the extra column;
+    prefix: mass of all prefix positions (at least one), from the queries behind them.
+    first_later: attention to position 0 of the queries after it.
+    entropy, value_norm: [L, B, H].
+    massive, norm, kurtosis: of the residual stream, [L + 1, B]; entry 0 stands in front of the first block.
+    """
+
+    length: int
+    n_prefix: int
+    first: Tensor
+    text: Tensor
+    prefix: Tensor
+    column: Tensor
+    first_later: Tensor
+    entropy: Tensor
+    value_norm: Tensor
+    massive: Tensor
+    norm: Tensor
+    kurtosis: Tensor
+
+
+def measure(model: GPTNeoX, ids_BT: Tensor, batch: int = 128) -> Measures:
+    """All measures on sequences as in training, prefix included, at least two positions behind the prefix.
 
     Args:
-        ids_BT: samples as in training, prefix included.
-
-    Returns:
-        ``first_mass`` and ``column_mass``: per layer, mean attention of the queries i >= 1 to position 0 and to the
-        column. ``prefix_mass``: the same for all prefix positions together (the sink tokens).
-        ``sink_share``: Sink_1, the share of (layer, head, sample) in which position 0 receives more than 0.3 on
-        average over its queries, itself included (Gu et al. 2024). ``uniform_floor``: what even attention would give
-        ``first_mass``.
+        ids_BT: the sequences.
+        batch: sequences per forward; changes memory, not the numbers.
     """
-    T = ids_BT.shape[1]
-    n_prefix = max(1, len(model.prefix_ids))
-    cos, sin = model.rope(torch.arange(T, device=ids_BT.device))
+    parts = [_measure_batch(model, ids) for ids in torch.split(ids_BT, batch)]
+    n = len(model.prefix_ids)
+    names = parts[0].keys()
+    return Measures(ids_BT.shape[1], n, **{name: torch.cat([p[name] for p in parts], dim=1) for name in names})
+
+
+def _measure_batch(model: GPTNeoX, ids_BT: Tensor) -> dict[str, Tensor]:
+    T, n = ids_BT.shape[1], len(model.prefix_ids)
+    assert n + 1 < T, (T, n)
     visible = torch.ones(T, T, dtype=torch.bool, device=ids_BT.device).tril()
-    first, prefix, column, alpha = [], [], [], []
+    heads: list[dict[str, Tensor]] = []
+    stream: list[dict[str, Tensor]] = []
 
-    def probe(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> Tensor:
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        extra = sink.column(q)
-        weights, mass = attention_weights(q, k, extra, visible)
-        first.append(weights[:, :, 1:, 0].mean())
-        prefix.append(weights[:, :, n_prefix:, :n_prefix].sum(-1).mean())
-        column.append(mass[:, :, 1:].mean())
-        alpha.append(weights[..., 0].mean(-1))  # [B, H]
-        return weighted_values(weights, mass, v, extra)
+    def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> None:
+        weights, mass = attention_weights(q, k, sink.column(q), visible)
+        behind = max(1, n)
+        heads.append(
+            {
+                "first": alpha(weights, 0),
+                "text": alpha(weights, n),
+                "prefix": weights[:, :, behind:, :behind].sum(-1).mean(-1),
+                "column": mass.mean(-1),
+                "first_later": weights[:, :, 1:, 0].mean(-1),
+                "entropy": entropy(weights, mass),
+                "value_norm": value_norm_ratio(v),
+            }
+        )
 
-    model.hidden(ids_BT, probe)
-    floor = (1.0 / torch.arange(2, T + 1, dtype=torch.float64)).mean()
+    def residual(depth: int, h: Tensor) -> None:
+        stream.append({"massive": massive_ratio(h), "norm": norm_ratio(h), "kurtosis": kurtosis(h)})
+
+    observe(model, ids_BT, attention, residual)
     return {
-        "first_mass": _rounded(torch.stack(first)),
-        "prefix_mass": _rounded(torch.stack(prefix)),
-        "column_mass": _rounded(torch.stack(column)),
-        "sink_share": round(float((torch.stack(alpha) > SINK_THRESHOLD).float().mean()), 5),
-        "uniform_floor": round(float(floor), 5),
+        name: torch.stack([layer[name] for layer in layers]).float().cpu()
+        for layers in (heads, stream)
+        for name in layers[0]
     }
 
 
-def _rounded(values: Tensor) -> list[float]:
+def rates(m: Measures, thresholds: Sequence[float] = THRESHOLDS) -> dict[str, dict[str, float]]:
+    """Sink_k at each threshold: of position 0, of the first text token if there is a prefix, of the column if any."""
+    of = {"sink_rates": m.first}
+    if m.n_prefix:
+        of["text_rates"] = m.text
+    if m.column.any():
+        of["column_rates"] = m.column
+    return {name: {f"{t:g}": round(sink_rate(a, t), 5) for t in thresholds} for name, a in of.items()}
+
+
+def residual_stream(m: Measures) -> dict[str, list[float]]:
+    """Massive-activation ratio, norm ratio of position 0 and kurtosis at each depth, means over sequences."""
+    return {name: rounded(getattr(m, name).mean(1)) for name in ("massive", "norm", "kurtosis")}
+
+
+def sink_measures(model: GPTNeoX, ids_BT: Tensor) -> dict[str, Any]:
+    """The measures as one line of a run's record: per layer, not per head.
+
+    Returns:
+        ``first_mass``: per layer, mean attention of the queries i >= 1 to position 0, with its ``uniform_floor``;
+        ``prefix_mass``, ``column_mass``: to all prefix positions, and to the mechanism's column.
+        ``sink_share``: Sink_1 at 0.3 of position 0; ``sink_rates``, ``text_rates``, ``column_rates``: the same at each
+        threshold for position 0, for the first text token, and for the column.
+        ``entropy``, ``value_norm`` per layer; ``massive``, ``norm``, ``kurtosis`` per depth of the residual stream.
+    """
+    m = measure(model, ids_BT)
+    return {
+        **{
+            name: rounded(values.mean((1, 2)))
+            for name, values in (
+                ("first_mass", m.first_later),
+                ("prefix_mass", m.prefix),
+                ("column_mass", m.column),
+                ("entropy", m.entropy),
+                ("value_norm", m.value_norm),
+            )
+        },
+        "sink_share": round(sink_rate(m.first, SINK_THRESHOLD), 5),
+        "uniform_floor": round(uniform_floor(1, m.length), 5),
+        **rates(m),
+        **residual_stream(m),
+    }
+
+
+def head_measures(m: Measures) -> dict[str, Any]:
+    """The measures of every head, [L][H], means over sequences; ``floor`` is what even attention would give alpha."""
+    return {
+        "floor": {"first": round(uniform_floor(0, m.length), 5), "text": round(uniform_floor(m.n_prefix, m.length), 5)},
+        **{
+            name: [rounded(layer) for layer in getattr(m, name).mean(1)]
+            for name in ("first", "text", "prefix", "column", "entropy", "value_norm")
+        },
+    }
+
+
+# --- over positions -----------------------------------------------------------------------------------------------
+
+
+def last_query(model: GPTNeoX, ids_BT: Tensor) -> dict[str, Tensor]:
+    """Attention of the last query of a long input: to position 0, to the prefix, to the column; each [L, H]."""
+    T, n = ids_BT.shape[1], max(1, len(model.prefix_ids))
+    visible = torch.ones(1, T, dtype=torch.bool, device=ids_BT.device)
+    found: list[dict[str, Tensor]] = []
+
+    def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> None:
+        q = q[:, :, -1:]
+        weights, mass = attention_weights(q, k, sink.column(q), visible)
+        found.append(
+            {
+                "first": weights[:, :, 0, 0].mean(0),
+                "prefix": weights[:, :, 0, :n].sum(-1).mean(0),
+                "column": mass[:, :, 0].mean(0),
+            }
+        )
+
+    observe(model, ids_BT, attention)
+    return {name: torch.stack([layer[name] for layer in found]).cpu() for name in found[0]}
+
+
+def average_logits(model: GPTNeoX, ids_BT: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Mean over sequences of the scaled logits, fp32 [L, H, T, T], and of the column's [L, H, T] if there is one.
+
+    As in figures 2 and 7 of StreamingLLM; above the diagonal, where nothing is seen, stands nan.
+    """
+    T = ids_BT.shape[1]
+    hidden = torch.ones(T, T, dtype=torch.bool, device=ids_BT.device).triu(1)
+    logits, columns = [], []
+
+    def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> None:
+        scaled = (q.float() @ k.float().mT).mean(0) * q.shape[-1] ** -0.5
+        logits.append(scaled.masked_fill(hidden, float("nan")).cpu())
+        column = sink.column(q)
+        if column is not None:
+            columns.append(column.logit.float().expand(q.shape[:3]).mean(0).cpu())
+
+    observe(model, ids_BT, attention)
+    return torch.stack(logits), torch.stack(columns) if columns else None
+
+
+def rounded(values: Tensor) -> list[float]:
+    """A vector as plain numbers with five decimals."""
     return [round(v, 5) for v in values.float().cpu().tolist()]

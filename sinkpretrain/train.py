@@ -51,8 +51,9 @@ FREE_IN_TRAINING = (
 """Settings that a resumed run may change: where and how fast it runs, how long, and what is logged. Whether moved data
 are the same data is decided by their hashes."""
 
-PROBE_SAMPLES, PROBE_TOKENS = 16, 256
-"""Validation samples, and their length at most, on which attention is measured while training."""
+PROBE_SAMPLES, PROBE_TOKENS = 100, 64
+"""Validation samples, and their length at most, on which attention is measured while training: those of Sink_k in Gu
+et al. (2024, arXiv 2410.10781, section 3)."""
 
 
 @dataclass(frozen=True)
