@@ -25,7 +25,12 @@ def rope_tables(positions_T: Tensor, rotary_dim: int, base: float) -> tuple[Tens
     Never stored in the model: a blanket cast of a table to bf16 would put positions near 2,000 wrong by 0.4 rad.
     """
     exponents = torch.arange(0, rotary_dim, 2, device=positions_T.device, dtype=torch.float32) / rotary_dim
-    angles = positions_T.float()[:, None] * (1.0 / base**exponents)[None, :]
+    return angle_tables(positions_T, 1.0 / base**exponents)
+
+
+def angle_tables(positions_T: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, fp32 [T, R], of positions times angles per position [R / 2]."""
+    angles = positions_T.float()[:, None] * frequencies[None, :]
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
@@ -33,6 +38,8 @@ def rope_tables(positions_T: Tensor, rotary_dim: int, base: float) -> tuple[Tens
 def rotate(x_BHTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """Rotate the first R dimensions of each head, in fp32, halves paired as GPT-NeoX does."""
     rotary_dim = cos_TR.shape[-1]
+    if rotary_dim == 0:
+        return x_BHTD
     x = x_BHTD[..., :rotary_dim].to(cos_TR.dtype)
     left, right = x.chunk(2, dim=-1)
     turned = (x * cos_TR + torch.cat((-right, left), dim=-1) * sin_TR).to(x_BHTD.dtype)
@@ -143,8 +150,36 @@ def _eager_column(q: Tensor, k: Tensor, v: Tensor, column: Column) -> Tensor:
 # --- inference ----------------------------------------------------------------------------------------------------
 
 
+def spread_heads(x_BHSD: Tensor, heads: int) -> Tensor:
+    """Keys or values with fewer heads than queries, repeated so that each serves its neighbouring heads of queries."""
+    return x_BHSD if x_BHSD.shape[1] == heads else x_BHSD.repeat_interleave(heads // x_BHSD.shape[1], dim=1)
+
+
+def distance_bias(distance_TS: Tensor, slopes_H: Tensor | None, visible_TS: Tensor) -> Tensor:
+    """What is added to the logits, fp32 [T, S], or [H, T, S] under ALiBi: -slope * distance, -inf where not visible."""
+    bias = torch.zeros(visible_TS.shape, device=visible_TS.device)
+    if slopes_H is not None:
+        bias = -slopes_H[:, None, None] * distance_TS
+    return bias.masked_fill(~visible_TS, float("-inf"))
+
+
+def grouped_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention of a forward without a sink: causal, or under ``distance_bias``; keys may have fewer heads."""
+    k, v = (spread_heads(x, q_BHTD.shape[1]) for x in (k_BHSD, v_BHSD))
+    if bias is None:
+        return F.scaled_dot_product_attention(q_BHTD, k, v, is_causal=True)
+    return masked_attention(q_BHTD, k, v, bias)[0]
+
+
 def masked_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, bias_TS: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention under an additive bias (0 or -inf), no gradient: output [B, H, T, D], fp32 logsumexp [B, H, T]."""
+    """Attention under an additive bias [T, S] or [H, T, S], no gradient: output [B, H, T, D], fp32 logsumexp [B, H, T].
+
+    A bias of each head holds distances, which 16 bits would round: such a product is taken in fp32.
+    """
+    if bias_TS.dim() == 3 and q_BHTD.dtype in (torch.bfloat16, torch.float16):
+        out, lse = masked_attention(q_BHTD.float(), k_BHSD.float(), v_BHSD.float(), bias_TS)
+        return out.to(q_BHTD.dtype), lse
+    k_BHSD, v_BHSD = (spread_heads(x, q_BHTD.shape[1]) for x in (k_BHSD, v_BHSD))
     bias = bias_TS.to(q_BHTD.dtype)
     blind_T1 = (bias == float("-inf")).all(-1, keepdim=True)
     if q_BHTD.device.type == "cuda":
@@ -155,7 +190,8 @@ def masked_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, bias_TS: Te
         out, lse, _, _ = aten._scaled_dot_product_efficient_attention(q_BHTD, k_BHSD, v_BHSD, padded, True)
         lse = lse[..., :T].float()
     else:
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q_BHTD, k_BHSD, v_BHSD, attn_mask=bias)
+        mask = bias if bias.dim() == 2 else bias[None]
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask)
     # Kernels differ in what they return for a query that sees nothing; an empty sum is 0 and its logarithm -inf.
     return out.masked_fill(blind_T1, 0.0), lse.masked_fill(blind_T1.squeeze(-1), float("-inf"))
 
@@ -166,7 +202,7 @@ def merge_keys(out_BHTD: Tensor, lse_BHT: Tensor, logits_BHTS: Tensor, v_BHSD: T
     lse_all = torch.logaddexp(lse_BHT, more)
     weights = torch.exp(logits_BHTS - lse_all.unsqueeze(-1))
     kept = out_BHTD.to(lse_all.dtype) * torch.exp(lse_BHT - lse_all).unsqueeze(-1)
-    return kept + weights @ v_BHSD.to(lse_all.dtype), lse_all
+    return kept + weights @ spread_heads(v_BHSD, out_BHTD.shape[1]).to(lse_all.dtype), lse_all
 
 
 def merge_column(out_BHTD: Tensor, lse_BHT: Tensor, column: Column | None) -> Tensor:
@@ -180,7 +216,7 @@ def merge_column(out_BHTD: Tensor, lse_BHT: Tensor, column: Column | None) -> Te
 
 def weighted_values(weights_BHTS: Tensor, mass_BHT: Tensor, v_BHSD: Tensor, column: Column | None) -> Tensor:
     """The output, fp32 [B, H, T, D], of what ``attention_weights`` returned."""
-    out = weights_BHTS @ v_BHSD.float()
+    out = weights_BHTS @ spread_heads(v_BHSD, weights_BHTS.shape[1]).float()
     if column is None or column.value is None:
         return out
     return out + mass_BHT.unsqueeze(-1) * column.value.unsqueeze(-2)
@@ -191,10 +227,11 @@ def attention_weights(
 ) -> tuple[Tensor, Tensor]:
     """The attention itself, fp32 [B, H, T, S], and the mass on the column [B, H, T]; their sum over S is 1.
 
+    ``visible_TS`` says what a query sees, or is what is added to its logits ([T, S] or [H, T, S]: ``distance_bias``).
     Quadratic in memory: for measures and as the plain reference of the fast paths.
     """
-    logits = (q_BHTD.float() @ k_BHSD.float().mT) * q_BHTD.shape[-1] ** -0.5
-    logits = logits.masked_fill(~visible_TS, float("-inf"))
+    logits = (q_BHTD.float() @ spread_heads(k_BHSD, q_BHTD.shape[1]).float().mT) * q_BHTD.shape[-1] ** -0.5
+    logits = logits.masked_fill(~visible_TS, float("-inf")) if visible_TS.dtype == torch.bool else logits + visible_TS
     lse = torch.logsumexp(logits, dim=-1)
     if column is None:
         return torch.exp(logits - lse.unsqueeze(-1)), torch.zeros_like(lse)

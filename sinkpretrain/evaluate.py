@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import read_json, write_atomically, write_json
+from sinkpretrain.language import LanguageModel
 from sinkpretrain.load import LoadedModel, load_model
-from sinkpretrain.model import GPTNeoX
 from sinkpretrain.progress import ProgressBar
 from sinkpretrain.provenance import provenance
 from sinkpretrain.statistics import block_bootstrap
@@ -61,7 +61,7 @@ class Setting:
         """Tokens after which nothing can be held any more: the losses from there on are "beyond the cache"."""
         return self.window or (self.cache.size if self.cache else 0)
 
-    def run(self, model: GPTNeoX, ids: Ids, block: int, batch: int, advance: Callable[[int], None]) -> Losses:
+    def run(self, model: LanguageModel, ids: Ids, block: int, batch: int, advance: Callable[[int], None]) -> Losses:
         """The per-token losses, float32 [tokens - 1]."""
         dropped = self.column == "dropped"
         if self.strategy == "dense":
@@ -75,7 +75,7 @@ class Setting:
         return stream_nll(model, ids, self.cache, block=block, drop_column=dropped, advance=advance)
 
 
-def settings_for(model: GPTNeoX, caches: str, strategies: str, window: int | None) -> list[Setting]:
+def settings_for(model: LanguageModel, caches: str, strategies: str, window: int | None) -> list[Setting]:
     """The settings that the command line asks for, in order; raises UserError.
 
     Without an initial position in the cache, a mechanism with a softmax column can be read in two ways: with its

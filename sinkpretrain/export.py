@@ -81,8 +81,8 @@ def export(
     out = Path(out)
     _check_target(out, overwrite)
     loaded = load_model(model)
-    _check_mechanism(loaded.model)
-    _round(loaded.model, getattr(torch, dtype))
+    _check_mechanism(loaded.trained)
+    _round(loaded.trained, getattr(torch, dtype))
     tokenizer = _prepending_tokenizer(loaded) if loaded.tokenizer else None
 
     temporary, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
@@ -217,7 +217,7 @@ def _write(folder: Path, loaded: LoadedModel, tokenizer: Any, dtype: str) -> Non
     from safetensors.torch import save_file
     from transformers import GenerationConfig, GPTNeoXConfig
 
-    model = loaded.model
+    model = loaded.trained
     eod = _known(tokenizer, END_OF_DOCUMENT)
     pad = _known(tokenizer, PADDING) or eod
     eod_id, pad_id = (tokenizer.token_to_id(t) if t else None for t in (eod, pad))
@@ -272,7 +272,7 @@ def _write(folder: Path, loaded: LoadedModel, tokenizer: Any, dtype: str) -> Non
 
 def _card(loaded: LoadedModel, tokenizer: Any, dtype: str) -> str:
     """The model card: only what is known from the files."""
-    model, about = loaded.model, loaded.provenance()
+    model, about = loaded.trained, loaded.provenance()
     config, prefix = model.config, list(model.prefix_ids)
     kind = sinks.mechanism_class(model.sink_config)
     if not prefix:
@@ -344,7 +344,7 @@ def _verify(folder: Path, loaded: LoadedModel) -> float:
     """Load the folder with transformers and compare; returns the largest difference of a logit."""
     from transformers import AutoModelForCausalLM
 
-    ours = loaded.model
+    ours = loaded.trained
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     length = min(ours.config.context, 128)
     generator = torch.Generator().manual_seed(0)
@@ -359,7 +359,7 @@ def _verify(folder: Path, loaded: LoadedModel) -> float:
                 f"the exported model's logits differ from the original's by {difference:.2g}, more than "
                 f"{TOLERANCE}; nothing was written."
             )
-    back = load_model(folder).model
+    back = load_model(folder).trained
     if (back.config, back.sink_config) != (ours.config, ours.sink_config):
         raise VerificationError("the exported folder loads as another model than the original; nothing was written.")
     return max(differences)

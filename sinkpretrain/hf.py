@@ -6,15 +6,14 @@ are [3, H, D]. Nothing is imported from transformers to map weights.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sinkpretrain.config import ModelConfig
 from sinkpretrain.errors import UserError
+from sinkpretrain.weights import Weights, read_config
 
 _OUTER = {
     "embed.weight": "gpt_neox.embed_in.weight",
@@ -109,12 +108,7 @@ def hf_config(config: ModelConfig, eos_token_id: int | None = 0) -> dict[str, An
 
 def model_config(folder: Path) -> ModelConfig:
     """Our configuration of a Hugging Face GPT-NeoX folder; raises UserError where it could not be exact."""
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {folder / 'config.json'}: {error}") from error
-    if raw.get("model_type") != "gpt_neox":
-        raise UserError(f"{folder} holds a {raw.get('model_type')!r} model; known families: gpt_neox.")
+    raw = read_config(folder)
     # transformers 5 writes the rotary settings into rope_parameters, older versions beside the others.
     rope = raw.get("rope_parameters") or {}
     scaling = raw.get("rope_scaling") or rope
@@ -138,16 +132,6 @@ def model_config(folder: Path) -> ModelConfig:
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """All safetensors weights of a Hugging Face folder, sharded or not; raises UserError."""
-    from safetensors.torch import load_file
-
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder} holds no .safetensors weights; convert them with transformers' save_pretrained.")
-    state: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            state.update(load_file(file))
-        except Exception as error:
-            raise UserError(f"cannot read the weights {file}: {error}") from error
-    return {k: v.to(torch.float32) if v.is_floating_point() else v for k, v in state.items()}
+    """All weights of a Hugging Face folder in their own dtype; raises UserError."""
+    weights = Weights(folder)
+    return {name: weights.take(name) for name in sorted(weights.left)}

@@ -1,4 +1,4 @@
-"""One way to name a model everywhere: a run directory, a checkpoint or weights file, or a Hugging Face folder."""
+"""One way to name a model everywhere: a run directory, a checkpoint, a Hugging Face folder or a name of its Hub."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from torch import Tensor
 from sinkpretrain import hf, sinks
 from sinkpretrain.config import ModelConfig, SinkConfig, from_dict, to_dict
 from sinkpretrain.errors import UserError
-from sinkpretrain.files import read_json, sha256_file, write_atomically
+from sinkpretrain.families import load_decoder
+from sinkpretrain.files import sha256_file, write_atomically
+from sinkpretrain.language import LanguageModel
 from sinkpretrain.model import GPTNeoX
+from sinkpretrain.weights import HUB_NAME, hub_folder, read_config, weight_files
 
 METADATA_KEY = "sinkpretrain"
 
@@ -25,7 +28,7 @@ METADATA_KEY = "sinkpretrain"
 class LoadedModel:
     """A model ready to evaluate, and where it came from.
 
-    model: in evaluation mode, fp32, on the CPU.
+    model: in evaluation mode, on the CPU.
     files: the weights that were read.
     tokenizer: its ``tokenizer.json``, if one lies beside it.
     tokenizer_sha256: hash of the tokenizer that the training data were prepared with, if known.
@@ -33,12 +36,19 @@ class LoadedModel:
     name: how its run calls it.
     """
 
-    model: GPTNeoX
+    model: LanguageModel
     files: tuple[Path, ...]
     tokenizer: Path | None
     tokenizer_sha256: str | None
     step: int | None
     name: str
+
+    @property
+    def trained(self) -> GPTNeoX:
+        """The model, if it is of the kind that is trained here; raises UserError for other families."""
+        if not isinstance(self.model, GPTNeoX):
+            raise UserError(f"{self.name} is no GPT-NeoX model, as trained here; this command takes no other.")
+        return self.model
 
     @property
     def label(self) -> str:
@@ -79,12 +89,13 @@ def save_weights(
     write_atomically(path, lambda p: save_file(state, p, metadata={METADATA_KEY: json.dumps(about)}))
 
 
-def load_model(path: str | Path) -> LoadedModel:
+def load_model(path: str | Path, dtype: torch.dtype | None = torch.float32) -> LoadedModel:
     """Load whatever ``path`` names.
 
     Args:
         path: a run directory (its newest weights are taken), a ``.safetensors`` file or ``.ckpt`` checkpoint of this
-            project, or a Hugging Face folder with a GPT-NeoX model.
+            project, a Hugging Face folder, or the name of a model on the Hugging Face Hub.
+        dtype: of the weights; None keeps the one they are stored in.
 
     Raises:
         UserError: nothing loadable is there; the sentence says what was looked for.
@@ -92,15 +103,19 @@ def load_model(path: str | Path) -> LoadedModel:
     given = Path(path)
     if given.is_dir():
         if (given / "config.yaml").is_file():
-            return _load_file(newest_weights(given), given)
+            return _load_file(newest_weights(given), given, dtype)
         if (given / "config.json").is_file():
-            return _load_hf(given)
+            return _load_hf(given, dtype)
         raise UserError(
             f"{given} is neither a run directory (no config.yaml) nor a Hugging Face folder (no config.json)."
         )
-    if not given.is_file():
-        raise UserError(f"there is no model at {given}; give a run directory, a checkpoint or a Hugging Face folder.")
-    return _load_file(given, given.parent.parent)
+    if given.is_file():
+        return _load_file(given, given.parent.parent, dtype)
+    if HUB_NAME.fullmatch(str(path)):
+        return replace(_load_hf(hub_folder(str(path)), dtype), name=str(path).rpartition("/")[2])
+    raise UserError(
+        f"there is no model at {given}; give a run directory, a checkpoint, a Hugging Face folder or a name of its Hub."
+    )
 
 
 def newest_weights(run: Path) -> Path:
@@ -123,7 +138,7 @@ def numbered(folder: Path, suffix: str) -> list[Path]:
     return sorted((f for f in folder.glob("step-*") if name.fullmatch(f.name)), key=step_of)
 
 
-def _load_file(file: Path, run: Path) -> LoadedModel:
+def _load_file(file: Path, run: Path, dtype: torch.dtype | None) -> LoadedModel:
     state, about = _read_checkpoint(file) if file.suffix == ".ckpt" else _read_safetensors(file)
     if not isinstance(about, dict) or not {"model", "sink"} <= about.keys():
         raise UserError(f"{file} does not say what model it holds; was it written by sinkpretrain?")
@@ -131,7 +146,7 @@ def _load_file(file: Path, run: Path) -> LoadedModel:
     sink = from_dict(SinkConfig, about["sink"])
     tokenizer = run / "tokenizer.json"
     return LoadedModel(
-        model=_filled(config, sink, state, file),
+        model=_filled(config, sink, _cast(state, dtype), file),
         files=(file,),
         tokenizer=tokenizer if tokenizer.is_file() else None,
         tokenizer_sha256=sha256_file(tokenizer) if tokenizer.is_file() else None,
@@ -166,19 +181,19 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, about
 
 
-def _load_hf(folder: Path) -> LoadedModel:
-    """A GPT-NeoX folder; one that ``sinkpretrain export`` wrote names the mechanism it was trained with."""
-    config, sink = hf.model_config(folder), SinkConfig()
-    about = read_json(folder / "config.json").get(METADATA_KEY) or {}
-    if about:
-        # The shape is what the folder says; only which of its rows text uses is not in a stock configuration.
-        config = replace(config, tokenizer_size=from_dict(ModelConfig, about["model"]).tokenizer_size)
-        sink = from_dict(SinkConfig, about["sink"])
+def _load_hf(folder: Path, dtype: torch.dtype | None) -> LoadedModel:
+    """A Hugging Face folder; one that ``sinkpretrain export`` wrote names the mechanism it was trained with."""
+    raw = read_config(folder)
+    model: LanguageModel
+    if raw.get("model_type") == "gpt_neox":
+        model, files = _load_neox(folder, raw.get(METADATA_KEY) or {}, dtype)
+    else:
+        model, files = load_decoder(folder, dtype)
+    about = raw.get(METADATA_KEY) or {}
     tokenizer = folder / "tokenizer.json"
-    files = sorted(folder.glob("*.safetensors"))
     return LoadedModel(
-        model=_filled(config, sink, hf.from_hf(hf.load_weights(folder), config), folder),
-        files=tuple(files),
+        model=model,
+        files=files,
         tokenizer=tokenizer if tokenizer.is_file() else None,
         tokenizer_sha256=about.get("tokenizer_sha256"),
         step=about.get("step"),
@@ -186,11 +201,26 @@ def _load_hf(folder: Path) -> LoadedModel:
     )
 
 
+def _load_neox(folder: Path, about: dict[str, Any], dtype: torch.dtype | None) -> tuple[GPTNeoX, tuple[Path, ...]]:
+    config, sink = hf.model_config(folder), SinkConfig()
+    if about:
+        # The shape is what the folder says; only which of its rows text uses is not in a stock configuration.
+        config = replace(config, tokenizer_size=from_dict(ModelConfig, about["model"]).tokenizer_size)
+        sink = from_dict(SinkConfig, about["sink"])
+    return _filled(config, sink, hf.from_hf(_cast(hf.load_weights(folder), dtype), config), folder), weight_files(
+        folder
+    )
+
+
+def _cast(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    return state if dtype is None else {k: v.to(dtype) for k, v in state.items()}
+
+
 def _filled(config: ModelConfig, sink: SinkConfig, state: dict[str, Tensor], source: Path) -> GPTNeoX:
     with torch.device("meta"):
         model = GPTNeoX(config, sink, seed=None)
     try:
-        model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
+        model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise UserError(f"the weights in {source} do not fit their own configuration: {error}") from error
     return model.eval().requires_grad_(False)

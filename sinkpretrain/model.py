@@ -8,7 +8,6 @@ measuring run the very same layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +16,8 @@ from sinkpretrain import sinks
 from sinkpretrain.attention import causal_attention, rope_tables, rotate
 from sinkpretrain.config import ModelConfig, SinkConfig
 from sinkpretrain.errors import UserError
+from sinkpretrain.language import Attend
 from sinkpretrain.ops import linear_gelu
-
-Attend = Callable[[int, Tensor, Tensor, Tensor, sinks.Mechanism], Tensor]
-"""(layer, q, k, v, mechanism) -> output; q, k, v and the output are [B, H, T, D], q and k not yet rotated."""
 
 
 class Attention(nn.Module):
@@ -105,8 +102,8 @@ class GPTNeoX(nn.Module):
         logits: Tensor = self.head(self.hidden(ids_BT))
         return logits
 
-    def hidden(self, ids_BT: Tensor, attend: Attend | None = None) -> Tensor:
-        """The normed last hidden state [B, T, C]; plain causal attention unless ``attend`` says otherwise."""
+    def hidden(self, ids_BT: Tensor, attend: Attend | None = None, positions_T: Tensor | None = None) -> Tensor:
+        """See ``LanguageModel``; there is no embedding of positions here."""
         if attend is None:
             attend = self.causal(ids_BT.shape[1], ids_BT.device)
         x_BTC = self.embed(ids_BT)
@@ -132,6 +129,13 @@ class GPTNeoX(nn.Module):
 
         self._causal[length, device] = attend
         return attend
+
+    slopes: Tensor | None = None
+    learned_positions: int | None = None
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        return (None,) * self.config.n_layer
 
     def rope(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         return rope_tables(positions_T, self.config.rotary_dim, self.config.rope_base)

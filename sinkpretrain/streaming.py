@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,14 +27,19 @@ from torch import Tensor
 from sinkpretrain import sinks
 from sinkpretrain.attention import (
     attention_weights,
+    distance_bias,
     masked_attention,
     merge_column,
     merge_keys,
     rotate,
+    spread_heads,
     weighted_values,
 )
 from sinkpretrain.errors import UserError
-from sinkpretrain.model import GPTNeoX
+from sinkpretrain.language import Attend, LanguageModel
+
+Positions = Literal["in-cache", "absolute"]
+"""Slots in the cache, as in the paper, or places in the text."""
 
 Advance = Callable[[int], None]
 """Told how many tokens have been scored so far."""
@@ -70,12 +76,13 @@ class Cache:
 
 @torch.inference_mode()
 def stream_nll(
-    model: GPTNeoX,
+    model: LanguageModel,
     ids: NDArray[np.integer],
     cache: Cache,
     *,
     block: int = 1024,
     drop_column: bool = False,
+    positions: Positions = "in-cache",
     advance: Advance | None = None,
 ) -> NDArray[np.float32]:
     """Negative log-likelihoods, nats, float32 [len(ids) - 1]: entry i scores token i + 1 of the text.
@@ -88,13 +95,15 @@ def stream_nll(
         ids: token ids [tokens].
         block: tokens per forward; any value gives the same numbers.
         drop_column: leave the mechanism's softmax column out ("drop the +1 at test time").
+        positions: where the query stands towards the first x keys.
     """
     device = model.embed.weight.device
     prefix = len(model.prefix_ids)
     nll = np.empty(len(ids) - 1, dtype=np.float32)
-    attend = BandedAttention(model, cache, drop_column)
+    banded = BandedAttention(model, cache, drop_column, positions)
     for first, tokens in _blocks(model.prefix_ids, ids, block):
-        hidden = model.hidden(torch.from_numpy(tokens).to(device)[None], attend.block(first, len(tokens)))[0]
+        attend, places = banded.block(first, len(tokens)), banded.places(first, len(tokens))
+        hidden = model.hidden(torch.from_numpy(tokens).to(device)[None], attend, places)[0]
         # Row r of this block is position first + r of the sequence, token first + r - prefix of the text, and scores
         # the token after it.
         text = np.arange(first, first + len(tokens)) - prefix
@@ -122,26 +131,37 @@ def _blocks(prefix: tuple[int, ...], ids: NDArray[np.integer], block: int) -> It
 class BandedAttention:
     """The attention of a stream: keeps each layer's first x and last y keys and values between blocks."""
 
-    def __init__(self, model: GPTNeoX, cache: Cache, drop_column: bool = False) -> None:
-        self.model, self.cache, self.drop_column = model, cache, drop_column
-        self.layers: list[LayerCache | None] = [None] * len(model.blocks)
+    def __init__(
+        self, model: LanguageModel, cache: Cache, drop_column: bool = False, positions: Positions = "in-cache"
+    ) -> None:
+        self.model, self.cache, self.drop_column, self.positions = model, cache, drop_column, positions
+        self.layers: list[LayerCache | None] = [None] * model.config.n_layer
 
-    def block(self, first: int, length: int) -> Callable[..., Tensor]:
+    def places(self, first: int, length: int) -> Tensor:
+        """Where the queries first .. first + length - 1 of the sequence stand, int64 [length]."""
+        t_T = torch.arange(first, first + length, device=self.model.embed.weight.device)
+        return t_T.clamp(max=self.cache.size) if self.positions == "in-cache" else t_T
+
+    def block(self, first: int, length: int) -> Attend:
         """The attention function for the positions first .. first + length - 1, which follow those seen so far."""
         x, y = self.cache.start, self.cache.recent
         device = self.model.embed.weight.device
         t_T = torch.arange(first, first + length, device=device)
+        place_T = self.places(first, length)
         # The band's keys reach back y from the block's first query, but not into the first x. Angles are taken from
         # there, so that they stay small and exact however far the stream has come.
         low = max(x, first - y)
         band_S = torch.arange(low, max(low, first + length), device=device)
-        visible_TS = (band_S <= t_T[:, None]) & (band_S >= t_T[:, None] - y)
-        bias_TS = torch.zeros(visible_TS.shape, device=device).masked_fill(~visible_TS, float("-inf"))
+        start_S = torch.arange(min(x, first + length), device=device)
         rope_band_q, rope_band_k = self.model.rope(t_T - low), self.model.rope(band_S - low)
-        rope_slot_q = self.model.rope(t_T.clamp(max=self.cache.size))
+        rope_place_q = self.model.rope(place_T)
         new_start_S = t_T[t_T < x]
         rope_start_k = self.model.rope(new_start_S)
         n_new = len(new_start_S)
+        slopes = self.model.slopes
+        # Among recent keys, places differ as they do in the text.
+        band = {w: _bias(t_T[:, None] - band_S, slopes, min(y + 1, w or y + 1)) for w in set(self.model.windows)}
+        start = {w: _bias(place_T[:, None] - start_S, slopes, w) for w in set(self.model.windows)}
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> Tensor:
             old = self.layers[layer] or LayerCache.empty(k)
@@ -151,18 +171,27 @@ class BandedAttention:
             band_v = torch.cat((old.band_v, v[:, :, n_new:]), dim=2)
             keep = max(0, band_k.shape[2] - y)
             self.layers[layer] = LayerCache(start_k, start_v, band_k[:, :, keep:].clone(), band_v[:, :, keep:].clone())
-            q_slot = rotate(q, *rope_slot_q)
+            window = self.model.windows[layer]
+            q_place = rotate(q, *rope_place_q)
             if band_k.shape[2]:
-                out, lse = masked_attention(rotate(q, *rope_band_q), rotate(band_k, *rope_band_k), band_v, bias_TS)
+                out, lse = masked_attention(rotate(q, *rope_band_q), rotate(band_k, *rope_band_k), band_v, band[window])
             else:
                 out, lse = torch.zeros_like(q), torch.full(q.shape[:3], float("-inf"), device=device)
             if start_k.shape[2]:
-                start_S = torch.arange(start_k.shape[2], device=device)
-                logits = (q_slot.float() @ start_k.float().mT) * q.shape[-1] ** -0.5
-                out, lse = merge_keys(out, lse, logits.masked_fill(start_S > t_T[:, None], float("-inf")), start_v)
-            return merge_column(out, lse, None if self.drop_column else sink.column(q_slot))
+                keys = spread_heads(start_k, q.shape[1]).float()
+                logits = (q_place.float() @ keys.mT) * q.shape[-1] ** -0.5 + start[window]
+                out, lse = merge_keys(out, lse, logits, start_v)
+            return merge_column(out, lse, None if self.drop_column else sink.column(q_place))
 
         return attend
+
+
+def _bias(distance_TS: Tensor, slopes_H: Tensor | None, reach: int | None) -> Tensor:
+    """``distance_bias`` where a query sees itself and what is less than ``reach`` before it; None: everything."""
+    visible_TS = distance_TS >= 0
+    if reach is not None:
+        visible_TS = visible_TS & (distance_TS < reach)
+    return distance_bias(distance_TS, slopes_H, visible_TS)
 
 
 @dataclass
@@ -186,30 +215,33 @@ class LayerCache:
 
 @torch.inference_mode()
 def token_loop_nll(
-    model: GPTNeoX,
+    model: LanguageModel,
     ids: NDArray[np.integer],
     cache: Cache,
     *,
     drop_column: bool = False,
+    positions: Positions = "in-cache",
     advance: Advance | None = None,
 ) -> NDArray[np.float32]:
     """The definition of streaming, one forward per token: what ``stream_nll`` must equal.
 
-    Keys are cached without rotation; in each step the cache and the new key get the slots 0, 1, ..., the query the
-    last one; then the key after the first x is evicted if there are more than x + y.
+    Keys are cached without rotation; in each step the cache and the new key get the slots 0, 1, ... (or their places
+    in the text), the query the last one; then the key after the first x is evicted if there are more than x + y.
     """
     device = model.embed.weight.device
-    kept: list[tuple[Tensor, Tensor] | None] = [None] * len(model.blocks)
+    kept: list[tuple[Tensor, Tensor] | None] = [None] * model.config.n_layer
+    text_S = torch.zeros(0, dtype=torch.int64, device=device)  # places in the text of all keys, the query's last
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> Tensor:
         old = kept[layer]
         if old is not None:
             k, v = torch.cat((old[0], k), dim=2), torch.cat((old[1], v), dim=2)
         slots = torch.arange(k.shape[2], device=device)
-        q_slot, k_slot = rotate(q, *model.rope(slots[-1:])), rotate(k, *model.rope(slots))
-        column = None if drop_column else sink.column(q_slot)
-        visible = torch.ones(1, len(slots), dtype=torch.bool, device=device)
-        weights, mass = attention_weights(q_slot, k_slot, column, visible)
+        places = slots if positions == "in-cache" else text_S
+        q_place, k_place = rotate(q, *model.rope(places[-1:])), rotate(k, *model.rope(places))
+        column = None if drop_column else sink.column(q_place)
+        bias = _bias((places[-1] - places)[None], model.slopes, model.windows[layer])
+        weights, mass = attention_weights(q_place, k_place, column, bias)
         out = weighted_values(weights, mass, v, column)
         if k.shape[2] > cache.size:
             keep = torch.cat((slots[: cache.start], slots[cache.start + 1 :]))
@@ -220,7 +252,11 @@ def token_loop_nll(
     nll = np.empty(len(ids) - 1, dtype=np.float32)
     sequence = [*model.prefix_ids, *ids]
     for position, token in enumerate(sequence[:-1]):
-        hidden = model.hidden(torch.tensor([[int(token)]], device=device), attend)[0]
+        text_S = torch.cat((text_S, torch.tensor([position], device=device)))
+        place = torch.tensor([min(position, cache.size) if positions == "in-cache" else position], device=device)
+        hidden = model.hidden(torch.tensor([[int(token)]], device=device), attend, place)[0]
+        if len(text_S) > cache.size:
+            text_S = torch.cat((text_S[: cache.start], text_S[cache.start + 1 :]))
         text = position - len(model.prefix_ids)
         if text >= 0:
             target = torch.tensor([int(ids[text + 1])], device=device)
@@ -234,7 +270,7 @@ def token_loop_nll(
 
 
 def dense_nll(
-    model: GPTNeoX, ids: NDArray[np.integer], *, block: int = 1024, advance: Advance | None = None
+    model: LanguageModel, ids: NDArray[np.integer], *, block: int = 1024, advance: Advance | None = None
 ) -> NDArray[np.float32]:
     """Every query sees every earlier token, at its place in the text; memory grows with the text."""
     return stream_nll(model, ids, Cache(0, len(ids) + len(model.prefix_ids)), block=block, advance=advance)
@@ -242,7 +278,7 @@ def dense_nll(
 
 @torch.inference_mode()
 def recompute_nll(
-    model: GPTNeoX,
+    model: LanguageModel,
     ids: NDArray[np.integer],
     window: int,
     *,
@@ -279,7 +315,7 @@ def recompute_nll(
 # --- scoring ------------------------------------------------------------------------------------------------------
 
 
-def token_nll(model: GPTNeoX, hidden_TC: Tensor, targets_T: Tensor) -> Tensor:
+def token_nll(model: LanguageModel, hidden_TC: Tensor, targets_T: Tensor) -> Tensor:
     """-log p(target), fp32 [T], whatever the dtype of the model; a part of the rows at a time."""
     parts = [
         F.cross_entropy(model.head(h).float(), t, reduction="none")

@@ -121,7 +121,7 @@ def test_old_rotary_settings_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"model_type": "llama"}, "'llama' model"),
+        ({"model_type": "mamba"}, "'mamba' model; known families: gpt_neox, falcon"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "scales its rotary"),
         ({"tie_word_embeddings": True}, "ties its embeddings"),
         ({"hidden_act": "gelu_new"}, "another activation"),

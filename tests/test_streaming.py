@@ -12,6 +12,7 @@ from conftest import TINY, peaked
 
 from sinkpretrain.config import SinkConfig
 from sinkpretrain.errors import UserError
+from sinkpretrain.language import LanguageModel
 from sinkpretrain.load import load_model
 from sinkpretrain.model import GPTNeoX
 from sinkpretrain.streaming import (
@@ -128,18 +129,21 @@ def test_non_finite_predictions_are_reported() -> None:
 # --- the numbers of the authors' own evaluator ---------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def oracle() -> tuple[GPTNeoX, np.ndarray, dict[str, np.ndarray]]:
-    with np.load(ORACLE / "gpt_neox.npz") as file:
+Oracle = tuple[LanguageModel, np.ndarray, dict[str, np.ndarray]]
+
+
+@pytest.fixture(scope="module", params=["gpt_neox", "llama"])
+def oracle(request: pytest.FixtureRequest) -> Oracle:
+    with np.load(ORACLE / f"{request.param}.npz") as file:
         numbers = dict(file)
-    return load_model(ORACLE / "gpt_neox").model, np.load(ORACLE / "token_ids.npy"), numbers
+    return load_model(ORACLE / request.param).model, np.load(ORACLE / "token_ids.npy"), numbers
 
 
 SETTINGS = [(0, 64), (1, 63), (4, 60), (4, 28), (4, 124)]
 
 
 @pytest.mark.parametrize(("start", "recent"), SETTINGS)
-def test_reference_evaluator(start: int, recent: int, oracle) -> None:
+def test_reference_evaluator(start: int, recent: int, oracle: Oracle) -> None:
     net, ids, numbers = oracle
     got = stream_nll(net, ids, Cache(start, recent), block=256)
     difference = got - numbers[f"nll_start{start}_recent{recent}"]
@@ -147,20 +151,26 @@ def test_reference_evaluator(start: int, recent: int, oracle) -> None:
     assert abs(difference.mean()) < 1e-5
 
 
-def test_reference_dense_and_recompute(oracle) -> None:
+def test_reference_dense_and_recompute(oracle: Oracle) -> None:
     net, ids, numbers = oracle
-    assert np.abs(dense_nll(net, ids) - numbers["nll_dense"]).max() < 1e-4
-    assert np.abs(recompute_nll(net, ids, 64, batch=64) - numbers["nll_recompute64"]).max() < 1e-4
+    for got, name in ((dense_nll(net, ids), "nll_dense"), (recompute_nll(net, ids, 64, batch=64), "nll_recompute64")):
+        assert np.abs(got - numbers[name]).max() < 1e-4
+        assert abs((got - numbers[name]).mean()) < 1e-5
 
 
-def test_reference_without_position_shift_is_another_answer(oracle) -> None:
+@pytest.mark.parametrize("positions", ["in-cache", "absolute"])
+def test_reference_without_position_shift_is_another_answer(positions, oracle: Oracle) -> None:
     """Negative control: eviction without in-cache positions is far outside the tolerance."""
     net, ids, numbers = oracle
-    got = stream_nll(net, ids, Cache(4, 60))
+    got = stream_nll(net, ids, Cache(4, 60), positions=positions)
     assert np.abs(got - numbers["nll_start4_recent60_noshift"]).max() > 0.1
 
 
-def test_reference_token_loop(oracle) -> None:
+@pytest.mark.parametrize(("start", "recent"), SETTINGS)
+def test_reference_token_loop(start: int, recent: int, oracle: Oracle) -> None:
     net, ids, numbers = oracle
-    difference = token_loop_nll(net, ids[:400], Cache(4, 60)) - numbers["nll_start4_recent60"][:399]
+    length = 2 * (start + recent) + 20
+    difference = token_loop_nll(net, ids[:length], Cache(start, recent))
+    difference -= numbers[f"nll_start{start}_recent{recent}"][: length - 1]
     assert np.abs(difference).max() < 1e-4
+    assert abs(difference.mean()) < 1e-5

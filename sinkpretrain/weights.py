@@ -1,0 +1,118 @@
+"""Weights of a Hugging Face folder, whatever files they lie in, one tensor at a time; names of the Hub as folders."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sinkpretrain.errors import UserError
+from sinkpretrain.files import read_json
+
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+"""In order of preference; each may be split, with an index beside it."""
+
+
+class Weights:
+    """Tensors by name, read when taken; those that nobody took are in ``left``.
+
+    Raises:
+        UserError: there are no weights, or a file cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = weight_files(folder)
+        self._open: dict[str, Any] = {}
+        for file in self.files:
+            self._open |= _names(file)
+        self.left = set(self._open)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._open
+
+    def take(self, name: str) -> Tensor:
+        """The tensor of this name in its own dtype; raises UserError if there is none."""
+        if name not in self._open:
+            raise UserError(f"the weights in {self.folder} lack {name!r}, which its config.json calls for.")
+        self.left.discard(name)
+        source = self._open[name]
+        try:
+            tensor: Tensor = source if isinstance(source, Tensor) else source.get_tensor(name)
+        except Exception as error:
+            raise UserError(f"cannot read {name!r} from the weights in {self.folder}: {error}") from error
+        return tensor
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The files that hold the weights of a folder, an index followed where there is one; raises UserError."""
+    for single in SINGLE:
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise UserError(f"{folder} lacks {missing[0]}, which {index.name} names; download it again.")
+            return tuple(files)
+        if (folder / single).is_file():
+            return (folder / single,)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no weights (model.safetensors or pytorch_model.bin, in one piece or several).")
+    return tuple(files)
+
+
+def _names(file: Path) -> dict[str, Any]:
+    """Each tensor's name in a file, with what it can be got from."""
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            opened: Any = safe_open(file, framework="pt")
+            return dict.fromkeys(opened.keys(), opened)
+        # weights_only: a file of weights is data, nothing in it may run.
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    except Exception as error:
+        raise UserError(f"cannot read the weights {file}: {error}") from error
+
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|gpt2[\w-]*")
+"""owner/name; gpt2 is older than owners."""
+
+
+def hub_folder(name: str) -> Path:
+    """The local folder of a model of the Hugging Face Hub, downloaded if need be; raises UserError."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    def fetch(*patterns: str) -> Path:
+        return Path(snapshot_download(name, allow_patterns=[*patterns]))
+
+    try:
+        folder = fetch("*.json", "*.model", "*.txt", "*.safetensors")
+        # The older format only where there is no other, for it may be as large again.
+        return folder if any(folder.glob("*.safetensors")) else fetch("*.json", "*.model", "*.txt", "pytorch_model*")
+    except (LocalEntryNotFoundError, ConnectionError, HFValidationError) as error:
+        raise UserError(
+            f"there is no folder {name}, and the Hugging Face Hub cannot be asked for a model of that name "
+            "(no network, or HF_HUB_OFFLINE is set); give a folder."
+        ) from error
+    except Exception as error:
+        raise UserError(f"cannot get {name} from the Hugging Face Hub: {str(error).splitlines()[0]}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of config.json; raises UserError."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} does not hold the settings of a model.")
+    return raw
