@@ -197,9 +197,12 @@ def compare(argv: Sequence[str]) -> int:
     from sinkpretrain.compare import compare as run
     from sinkpretrain.compare import log_to_wandb, print_table
 
-    parser = Parser("compare", description="Table 3 and figures from the folders that stream and train wrote.")
+    parser = Parser(
+        "compare",
+        description="One page, tables and figures from the folders that stream, train, inspect and zero-shot wrote.",
+    )
     parser.add_argument("paths", nargs="+", type=str, help="result or run folders, or folders that hold some")
-    parser.add_argument("--out", type=str, required=True, help="folder for tables and figures")
+    parser.add_argument("--out", type=str, required=True, help="folder for the page (index.html), tables and figures")
     parser.add_argument("--paper", type=bool, default=True, help="show the paper's numbers beside ours")
     parser.add_argument(
         "--wandb", type=Literal["off", "offline", "online"], default="off", help="also log them to Weights & Biases"

@@ -120,7 +120,7 @@ def demo(out: str = "demo", text: str = "", steps: int = 600, paper: bool = True
     results = [folder / "results" / run.name for run in runs]
     comparison = compare([*results, *runs], folder / "comparison", paper=paper)
     print_table(comparison, console)
-    console.print(f"\nfigure: {folder / 'comparison' / 'perplexity.png'}", highlight=False, soft_wrap=True)
-    console.print(f"tables: {folder / 'comparison' / 'table3.md'}\n", highlight=False, soft_wrap=True)
+    console.print(f"\npage:   {folder / 'comparison' / 'index.html'}", highlight=False, soft_wrap=True)
+    console.print(f"tables: {folder / 'comparison' / 'comparison.md'}\n", highlight=False, soft_wrap=True)
     console.print(HONEST, highlight=False)
     console.print(f"\n{time.monotonic() - started:.0f} s in all.", highlight=False)

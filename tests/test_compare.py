@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 
-from sinkpretrain.compare import compare, log_to_wandb, number, print_table
+from sinkpretrain.compare import compare, log_to_wandb, print_table
+from sinkpretrain.comparison.sections import number
 from sinkpretrain.errors import UserError
 from sinkpretrain.figures import running_perplexity
 
@@ -24,7 +25,13 @@ TINY = {"n_layer": 4, "d_model": 128, "context": 128}
 
 
 def make_result(
-    folder: Path, mechanism: str, ppl: dict[str, float], shape: dict[str, int] = PYTHIA, text: str = "t", name: str = ""
+    folder: Path,
+    mechanism: str,
+    ppl: dict[str, float],
+    shape: dict[str, int] = PYTHIA,
+    text: str = "t",
+    name: str = "",
+    seed: int | None = None,
 ) -> Path:
     """A result folder whose losses have exactly these perplexities, with noise that all settings share."""
     noise = np.random.default_rng(0).normal(0, 0.5, 8191)
@@ -43,6 +50,7 @@ def make_result(
             "step": 10,
             "mechanism": mechanism,
             "shape": shape,
+            "seed": seed,
         },
         "tokens": {"path": "x", "sha256": f"{text}-hash-0123456789", "count": 8192},
         "settings": settings,
@@ -95,25 +103,27 @@ def test_table_with_the_papers_numbers_beside_ours(table3: list[Path], tmp_path:
         "| sink_tokens(n=1) | 1,200 (1,235) |  | 18.10 (18.01) | 18.20 (18.02) |",
         "| zero_sink | 25,000 (29,214) | 31,000 (29,214) | 20.00 (19.90) | 18.00 (18.01) |",
     ]
-    text = "\n".join(lines)
-    assert "| a | 0+1024 | 4+1020 | +0.4457 | +56.16 % | +56.16 to +56.16 % |" in text  # 28.5 / 18.25
-    assert "sha256 t-hash-01234" in text
+    assert "sha256 t-hash-01234" in "\n".join(lines)
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "\n".join(lines[2:7]) in text
+    assert "| vanilla | 0+1024 | 4+1020 | +0.4457 | +56.16 % | +56.16 to +56.16 % |" in text  # 28.5 / 18.25
     rows = (tmp_path / "out" / "table3.csv").read_text().splitlines()
     assert rows[0] == "mechanism,name,step,setting,perplexity,low,high,paper"
     assert "vanilla,a,10,4+1020,18.25,18.0675,18.4325,18.05" in rows
     whole = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert whole["provenance"][0]["model"]["sha256"] == "vanilla"
+    assert "| stream | a | vanilla | t-hash-01234 | cpu | torch 2.13.0 | abc | 2026-01-01T00:00:00+00:00 |" in text
 
 
 def test_the_paper_stands_below_where_the_setting_is_not_its(tmp_path: Path) -> None:
     result = make_result(tmp_path / "a", "vanilla", {"0+64": 28.5, "4+60": 18.25}, shape=TINY)
     compare([result], tmp_path / "out")
-    text = (tmp_path / "out" / "table3.md").read_text()
+    text = (tmp_path / "out" / "comparison.md").read_text()
     assert "| vanilla | 28.50 | 18.25 |" in text
     assert "## The paper's table" in text
     assert "29,214" in text
     compare([result], tmp_path / "bare", paper=False)
-    assert "29,214" not in (tmp_path / "bare" / "table3.md").read_text()
+    assert "29,214" not in (tmp_path / "bare" / "comparison.md").read_text()
 
 
 def test_the_papers_cache_on_another_model_is_not_the_papers_setting(tmp_path: Path) -> None:
@@ -121,13 +131,45 @@ def test_the_papers_cache_on_another_model_is_not_the_papers_setting(tmp_path: P
     assert "| vanilla | 20.00 |" in (tmp_path / "out" / "table3.md").read_text()
 
 
-def test_seeds_become_mean_and_deviation(tmp_path: Path) -> None:
+def test_seeds_become_a_mean_and_a_t_interval(tmp_path: Path) -> None:
     for seed, value in enumerate((18.0, 19.0, 20.0)):
         make_result(tmp_path / "seeds" / str(seed), "vanilla", {"4+60": value}, shape=TINY, name=f"s{seed}")
     compare([tmp_path / "seeds"], tmp_path / "out")
     text = (tmp_path / "out" / "table3.md").read_text()
-    assert "| vanilla (n=3) | 19.00 ± 1.00 |" in text
+    assert "| vanilla (n=3) | 19.00 ± 2.48 |" in text  # 4.303 * 1 / sqrt(3)
+    assert "± half of its 95 % t-interval over seeds" in text
     assert len((tmp_path / "out" / "table3.csv").read_text().splitlines()) == 4
+
+
+def seeds(tmp_path: Path, numbers: tuple[int | None, ...] = (1, 2, 3)) -> list[Path]:
+    """Three seeds of vanilla and of the zero sink, the latter 0.01, 0.02 and 0.03 nats better in that order."""
+    made = []
+    for seed, (level, gain) in zip(numbers, ((3.0, 0.01), (3.2, 0.02), (3.1, 0.03)), strict=True):
+        for mechanism, nats in (("vanilla", level), ("zero_sink", level - gain)):
+            folder = tmp_path / mechanism / str(len(made))
+            made.append(make_result(folder, mechanism, {"4+60": np.exp(nats)}, TINY, name=f"{len(made)}", seed=seed))
+    return made
+
+
+def test_mechanisms_are_paired_by_seed(tmp_path: Path) -> None:
+    """The levels of the seeds vary by 0.1, their differences by 0.01: pairing must take the former out."""
+    [d] = compare(seeds(tmp_path), tmp_path / "out").records["differences"]
+    assert (d["title"], d["against"], d["n"]) == ("zero_sink", "vanilla", 3)
+    assert d["nats"] == pytest.approx(-0.02, abs=1e-6)
+    half = 4.303 * 0.01 / np.sqrt(3)
+    assert (d["seed_low"], d["seed_high"]) == (
+        pytest.approx(-0.02 - half, abs=1e-6),
+        pytest.approx(-0.02 + half, abs=1e-6),
+    )
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| zero_sink (n=3) | 4+60 | vanilla 4+60 | -0.0200 | -1.98 % | -1.98 to -1.98 % | -4.39 to +0.49 % |" in text
+
+
+@pytest.mark.parametrize("numbers", [(1, 2, None), (None, None, None)])
+def test_seeds_that_are_not_known_are_not_paired(tmp_path: Path, numbers: tuple[int | None, ...]) -> None:
+    [d] = compare(seeds(tmp_path, numbers), tmp_path / "out").records["differences"]
+    assert d["nats"] == pytest.approx(-0.02, abs=1e-6)
+    assert d["seed_low"] is None
 
 
 def test_figures_show_something(table3: list[Path], tmp_path: Path) -> None:
@@ -168,6 +210,53 @@ def test_another_number_of_tokens_is_refused(tmp_path: Path) -> None:
         compare([a, b], tmp_path / "out")
 
 
+def make_run(folder: Path, sink: str, data: dict[str, str] | None, probe: dict[str, Any] | None = None) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(f"name: {folder.name}\nsink: {{mechanism: {sink}}}\n")
+    (folder / "run.json").write_text(json.dumps({"data": data} if data else {}))
+    lines: list[dict[str, Any]] = [{"kind": "train", "step": i, "loss": 4.0 - i / 100} for i in range(1, 101)]
+    lines += [{"kind": "probe", "step": i, **probe} for i in (0, 50, 100)] if probe else []
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_runs_on_other_data_are_refused(tmp_path: Path) -> None:
+    a = make_run(tmp_path / "a", "vanilla", {"train_sha256": "1" * 64, "tokenizer": "t"})
+    b = make_run(tmp_path / "b", "zero_sink", {"train_sha256": "2" * 64, "tokenizer": "t"})
+    c = make_run(tmp_path / "c", "zero_sink", {"train_sha256": "1" * 64, "tokenizer": "t"})
+    with pytest.raises(
+        UserError, match=rf"{a} and {b} were trained on different data \(train_sha256 1{{12}} and 2{{12}}\)"
+    ):
+        compare([a, b], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert len(compare([a, c], tmp_path / "out").found.runs) == 2
+    with pytest.warns(UserWarning, match="does not say what data"):
+        compare([a, make_run(tmp_path / "d", "zero_sink", None)], tmp_path / "out")
+
+
+def test_zero_shot_files_become_a_table_with_the_papers_numbers(tmp_path: Path) -> None:
+    for name, mechanism, shape in (("a", "vanilla", PYTHIA), ("b", "sink_tokens(n=1)", TINY)):
+        make_result(tmp_path / name, mechanism, {"4+1020": 18.0}, shape)
+        model = json.loads((tmp_path / name / "results.json").read_text())["model"]
+        tasks = {
+            "piqa": {"acc": 0.615, "acc_norm": 0.62, "stderr": 0.0114, "n": 1838},
+            "lambada_openai": {"perplexity": 30.0, "acc": 0.4, "stderr": 0.007, "n": 5153},
+        }
+        (tmp_path / name / "zero_shot.json").write_text(
+            json.dumps({"what": "zero_shot", "model": model, "tasks": tasks})
+        )
+    compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| model | piqa | lambada_openai |" in text
+    assert "| vanilla | 61.5 ± 1.1 (62.2) | 40.0 ± 0.7 (39.6) |" in text
+    assert "| sink_tokens(n=1) | 61.5 ± 1.1 | 40.0 ± 0.7 |" in text  # not the paper's shape
+    assert "zero-shot | a" in text
+    assert "vanilla,piqa,0.615,0.62,0.0114,1838" in (tmp_path / "out" / "zero_shot.csv").read_text()
+    (tmp_path / "b" / "zero_shot.json").write_text("{}")
+    with pytest.raises(UserError, match=r"zero_shot\.json was not written by sinkpretrain zero-shot"):
+        compare([tmp_path / "b"], tmp_path / "out")
+
+
 def test_missing_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds neither results"):
         compare([tmp_path], tmp_path / "out")
@@ -200,7 +289,11 @@ def test_an_interrupted_write_leaves_the_old_files(
     compare(table3, out)
     old = {p.name: p.read_bytes() for p in out.iterdir()}
 
-    def half(self: Figure, path: Path, **_: object) -> None:
+    whole = Figure.savefig
+
+    def half(self: Figure, path: Any, **options: Any) -> None:
+        if options["format"] == "svg":  # goes into the page, in memory
+            return whole(self, path, **options)
         Path(path).write_bytes(b"half a picture")
         raise RuntimeError("stopped")
 
@@ -232,7 +325,7 @@ def test_settings_of_one_model_in_two_folders_come_together(tmp_path: Path) -> N
     with pytest.warns(UserWarning, match=rf"{b} holds 1\+63 of the same model as {a}"):
         c = compare([a, b], tmp_path / "out")
     assert "| vanilla | 20.00 | 19.00 | 18.00 |" in (tmp_path / "out" / "table3.md").read_text()
-    assert [d["setting"] for d in c.differences] == ["0+64", "1+63"]
+    assert [d["setting"] for d in c.records["differences"]] == ["0+64", "1+63"]
     sources = json.loads((tmp_path / "out" / "comparison.json").read_text())["provenance"]
     assert [(s["folder"], list(s["settings"])) for s in sources] == [(str(a), ["0+64", "1+63"]), (str(b), ["4+60"])]
 
@@ -249,7 +342,7 @@ def test_what_is_not_finite_is_said_and_null_in_json(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "comparison.json").read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
-    assert json.loads(text)["table"][0]["perplexity"] == {"0+64": None, "1+63": None, "4+60": 18.0}
+    assert [line["perplexity"] for line in json.loads(text)["table3"]] == [None, None, 18.0]
 
 
 @pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"settings": {"4+60": {"dtype": "bfloat16"}}}])
@@ -271,15 +364,16 @@ def test_runs_become_a_table_and_a_figure(tmp_path: Path) -> None:
     lines.append({"kind": "validation", "step": 1000, "loss": 3.25})
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     compare([run], tmp_path / "out")
-    text = (tmp_path / "out" / "table3.md").read_text()
-    assert "| r | sink_tokens(n=2) | 1,000 | 3.010 | 3.2500 | 1,500 |" in text
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| r | sink_tokens(n=2) | 1234 | 1,000 | 3.010 | 3.2500 |" in text
+    assert "| r | sink_tokens(n=2) |  | 1,500 |  |" in text
     image = imread(tmp_path / "out" / "loss.png")
     assert image.shape[:2] == (660, 1125)
     assert image[..., :3].std() > 0.02
     assert not (tmp_path / "out" / "perplexity.png").exists()
-    [entry] = json.loads((tmp_path / "out" / "comparison.json").read_text())["runs"]
-    assert entry["provenance"] == {"commit": "abc"}
-    assert entry["validation_loss"] == 3.25
+    whole = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert whole["runs"][0]["about"] == {"commit": "abc"}
+    assert whole["training"][0]["validation_loss"] == 3.25
 
 
 def test_the_terminal_shows_the_same_numbers(table3: list[Path], tmp_path: Path) -> None:
@@ -290,7 +384,7 @@ def test_the_terminal_shows_the_same_numbers(table3: list[Path], tmp_path: Path)
 
 def test_the_same_result_twice_counts_once(tmp_path: Path) -> None:
     a = make_result(tmp_path / "a", "vanilla", {"4+60": 18.0})
-    assert len(compare([a, a, tmp_path], tmp_path / "out").results) == 1
+    assert len(compare([a, a, tmp_path], tmp_path / "out").found.results) == 1
 
 
 @pytest.mark.parametrize(

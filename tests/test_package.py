@@ -28,6 +28,7 @@ def test_recipes_travel_with_the_package(wheel: Path, tmp_path: Path) -> None:
         archive.extractall(tmp_path / "site")
     assert "sinkpretrain/configs/pythia-160m.yaml" in names
     assert "sinkpretrain/configs/sinks/one-sink-token.yaml" in names
+    assert "sinkpretrain/comparison/page.html.jinja" in names
     assert "data_prep/prepare.py" in names
     assert not any(n.startswith(("tests/", "configs/")) for n in names)
     done = subprocess.run(

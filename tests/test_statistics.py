@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sinkpretrain.statistics import block_bootstrap, block_means, paired_difference
+from sinkpretrain.statistics import block_bootstrap, block_means, paired_difference, t_interval
 
 
 def ar1(length: int, rho: float, seed: int) -> np.ndarray:
@@ -63,3 +63,17 @@ def test_short_texts_get_shorter_blocks() -> None:
 def test_deterministic() -> None:
     values = ar1(5000, 0.5, 1)
     assert block_bootstrap(values) == block_bootstrap(values)
+
+
+def test_t_interval_by_hand() -> None:
+    assert t_interval([1.0]) is None
+    low, high = t_interval([18.0, 19.0, 20.0]) or (0, 0)
+    assert (low, high) == (pytest.approx(19 - 4.303 / 3**0.5), pytest.approx(19 + 4.303 / 3**0.5))
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 31])
+def test_t_interval_covers_the_mean_of_few_values(n: int) -> None:
+    """19 of 20 times, as it says; a percentile bootstrap of three values does not."""
+    samples = np.random.default_rng(0).normal(5, 2, (4000, n))
+    intervals = [t_interval(list(s)) or (0, 0) for s in samples]
+    assert np.mean([low < 5 < high for low, high in intervals]) == pytest.approx(0.95, abs=0.011)

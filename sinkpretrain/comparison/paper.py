@@ -21,6 +21,31 @@ def value(mechanism: str, setting: str, shape: dict[str, Any]) -> float | None:
     The paper does not say which of two readings it takes for the zero sink at 0+1024 (with its column, or without at
     test time), so that number stands beside both.
     """
-    if (shape.get("n_layer"), shape.get("d_model"), shape.get("context")) != (12, 768, 2048):
+    if not is_papers(shape):
         return None
     return TABLE_3.get(mechanism, {}).get(setting.removesuffix("-nocolumn"))
+
+
+ZERO_SHOT_CITATION = "Xiao et al. 2023, arXiv 2309.17453, tables 4 and 9"
+
+ZERO_SHOT = {
+    "vanilla": (18.6, 45.2, 29.4, 39.6, 16.0, 62.2, 50.1),
+    "sink_tokens(n=1)": (19.6, 45.6, 29.8, 39.9, 16.6, 62.6, 50.8),
+    "sink_tokens(n=2)": (18.7, 45.6, 29.6, 37.5, 15.8, 64.3, 50.4),
+}
+"""Zero-shot accuracy in per cent of the same models, by mechanism, in the order of ``TASKS``."""
+
+TASKS = ("arc_challenge", "arc_easy", "hellaswag", "lambada", "openbookqa", "piqa", "winogrande")
+
+
+def zero_shot(mechanism: str, task: str, shape: dict[str, Any]) -> float | None:
+    """The paper's accuracy, per cent; lambada_openai and the like are its lambada."""
+    name = "lambada" if task.startswith("lambada") else task
+    if not is_papers(shape) or name not in TASKS or mechanism not in ZERO_SHOT:
+        return None
+    return ZERO_SHOT[mechanism][TASKS.index(name)]
+
+
+def is_papers(shape: dict[str, Any]) -> bool:
+    """Whether a model has the shape of the paper's, Pythia-160M."""
+    return (shape.get("n_layer"), shape.get("d_model"), shape.get("context")) == (12, 768, 2048)

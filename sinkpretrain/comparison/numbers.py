@@ -1,0 +1,282 @@
+"""The numbers of a comparison, as plain records: perplexities, paired differences, speed, sinks, tasks."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sinkpretrain.comparison import paper
+from sinkpretrain.comparison.read import About, Result, Run, setting_order
+from sinkpretrain.statistics import paired_difference, t_interval
+
+Losses = NDArray[np.float32]
+Record: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Models that differ in their seed only.
+
+    title: the mechanism, with names and step where several groups share it.
+    losses: of each model, by setting.
+    """
+
+    title: str
+    mechanism: str
+    results: list[Result]
+    losses: list[dict[str, Losses]]
+
+    def perplexities(self, setting: str) -> list[float]:
+        return [r.ppl(setting) for r in self.results if setting in r.settings]
+
+    def of(self, setting: str) -> list[tuple[Any, Losses]]:
+        """(seed, losses) of each model that has the setting; a seed of None is not known."""
+        return [
+            (r.data["model"].get("seed"), losses[setting])
+            for r, losses in zip(self.results, self.losses, strict=True)
+            if setting in losses
+        ]
+
+    def reference(self, setting: str) -> str | None:
+        """The cache as large as ``setting`` with the most initial positions; None if it is no cache."""
+        kind, size, *_ = setting_order(setting)
+        same = [s for r in self.results for s in r.settings if setting_order(s)[:2] == (0, size)]
+        return max(same, key=lambda s: setting_order(s)[2]) if kind == 0 and same else None
+
+
+def group(results: list[Result]) -> list[Group]:
+    """Models of one mechanism, shape and number of steps together; reads all losses (UserError if it cannot)."""
+    members: dict[str, list[Result]] = defaultdict(list)
+    for r in results:
+        model = r.data["model"]
+        members[json.dumps([r.mechanism, model["shape"], model["step"]], sort_keys=True)].append(r)
+    groups_of = Counter(found[0].mechanism for found in members.values())
+    return [
+        Group(
+            title=found[0].mechanism if groups_of[found[0].mechanism] == 1 else full_name(found),
+            mechanism=found[0].mechanism,
+            results=found,
+            losses=[{s: r.nll(s) for s in r.settings} for r in found],
+        )
+        for found in members.values()
+    ]
+
+
+def full_name(of: Sequence[Result | About]) -> str:
+    """``vanilla: small, step 500``: what tells models from others of their mechanism."""
+    names = ", ".join(dict.fromkeys(entry.name for entry in of))
+    step = of[0].data["model"]["step"]
+    return f"{of[0].mechanism}: {names}" + (f", step {step:,}" if step is not None else "")
+
+
+def titles(of: Sequence[Result | About]) -> list[str]:
+    """The mechanism of each, with its name and step where several share one."""
+    counts = Counter(entry.mechanism for entry in of)
+    return [entry.mechanism if counts[entry.mechanism] == 1 else full_name([entry]) for entry in of]
+
+
+# --- perplexity ---------------------------------------------------------------------------------------------------
+
+
+def perplexities(results: list[Result], settings: list[str]) -> list[Record]:
+    """One record per model and setting; the interval is over blocks of the text."""
+    return [
+        {
+            "mechanism": r.mechanism,
+            "name": r.name,
+            "step": r.data["model"]["step"],
+            "setting": s,
+            "perplexity": r.ppl(s),
+            "low": r.settings[s]["interval"][0],
+            "high": r.settings[s]["interval"][1],
+            "paper": paper.value(r.mechanism, s, r.data["model"]["shape"]),
+        }
+        for r in results
+        for s in settings
+        if s in r.settings
+    ]
+
+
+def cells(group: Group, settings: list[str]) -> dict[str, Record]:
+    """By setting: mean over the seeds, its t-interval if there are several, and the paper's value."""
+    found = {}
+    for s in settings:
+        values = group.perplexities(s)
+        if values:
+            interval = t_interval(values) or (None, None)
+            found[s] = {
+                "mean": float(np.mean(values)),
+                "low": interval[0],
+                "high": interval[1],
+                "n": len(values),
+                "paper": paper.value(group.mechanism, s, group.results[0].data["model"]["shape"]),
+            }
+    return found
+
+
+def own_differences(groups: list[Group]) -> list[Record]:
+    """Each cache of a model against its own cache of the same size with the most initial positions."""
+    return [
+        difference(g, s, g, reference)
+        for g in groups
+        for s in _caches(g)
+        if (reference := g.reference(s)) is not None and s != reference
+    ]
+
+
+def vanilla_differences(groups: list[Group]) -> list[Record]:
+    """Each cache of the other mechanisms against vanilla with the most initial positions: is one sink worth four?"""
+    found = []
+    for g in groups:
+        base = next((b for b in groups if b.mechanism == "vanilla" and _alike(b) == _alike(g)), None)
+        if base is None or base is g:
+            continue
+        references = ((s, base.reference(s)) for s in _caches(g))
+        found += [difference(g, s, base, reference) for s, reference in references if reference is not None]
+    return found
+
+
+def _caches(g: Group) -> list[str]:
+    names = {s for r in g.results for s in r.settings if setting_order(s)[0] == 0}
+    return sorted(names, key=setting_order)
+
+
+def _alike(g: Group) -> Any:
+    """What must be the same for two mechanisms to be set against each other."""
+    model = g.results[0].data["model"]
+    return model["shape"], model["step"]
+
+
+def difference(a: Group, setting: str, b: Group, reference: str) -> Record:
+    """Mean loss of ``a`` minus that of ``b`` over the same tokens, nats, with two 95 % intervals.
+
+    ``low``, ``high``: bootstrap over blocks of the text, of the losses averaged over seeds. ``seed_low``,
+    ``seed_high``: t-interval over the differences of single seeds, where both have the same seeds, at least two.
+    """
+    of_a, of_b = a.of(setting), b.of(reference)
+    mean, low, high = paired_difference(_mean([x for _, x in of_a]), _mean([x for _, x in of_b]))
+    seeds = None
+    if a is b or (None not in {s for s, _ in (*of_a, *of_b)} and {s for s, _ in of_a} == {s for s, _ in of_b}):
+        pairs = zip(of_a, of_b, strict=True) if a is b else ((x, (x[0], dict(of_b)[x[0]])) for x in of_a)
+        seeds = t_interval([float((x.astype(np.float64) - y).mean()) for (_, x), (_, y) in pairs])
+    return {
+        "title": a.title,
+        "mechanism": a.mechanism,
+        "setting": setting,
+        "against": b.title,
+        "reference": reference,
+        "n": len(of_a),
+        "nats": mean,
+        "low": low,
+        "high": high,
+        "seed_low": seeds[0] if seeds else None,
+        "seed_high": seeds[1] if seeds else None,
+    }
+
+
+def _mean(losses: list[Losses]) -> NDArray[np.floating]:
+    if len(losses) == 1:
+        return losses[0]
+    total = np.zeros(len(losses[0]), dtype=np.float64)
+    for values in losses:
+        total += values
+    return total / len(losses)
+
+
+def percent(nats: float) -> float:
+    """A difference of mean losses as a change of perplexity."""
+    return 100 * math.expm1(min(nats, 50.0))
+
+
+# --- training, speed ----------------------------------------------------------------------------------------------
+
+
+def training(run: Run) -> Record:
+    """Where a run stands, and how fast it went there."""
+    steps, losses = run.curve("train")
+    _, validation = run.curve("validation")
+    rates = [line["tokens_per_second"] for line in run.lines if "tokens_per_second" in line]
+    memory = [line["peak_memory_bytes"] for line in run.lines if "peak_memory_bytes" in line]
+    attempts = run.about.get("attempts") or [{}]
+    return {
+        "folder": str(run.folder),
+        "name": run.name,
+        "mechanism": run.mechanism,
+        "seed": run.config.training.seed,
+        "steps": steps[-1] if steps else 0,
+        "training_loss": float(np.mean(losses[-20:])) if losses else None,
+        "validation_loss": validation[-1] if validation else None,
+        "tokens_per_second": float(np.median(rates)) if rates else None,
+        "peak_memory_bytes": max(memory) if memory else None,
+        "device": " then ".join(dict.fromkeys(a["device"] for a in attempts if "device" in a)),
+    }
+
+
+def streaming_speed(results: list[Result]) -> list[Record]:
+    """One record per model and setting."""
+    return [
+        {
+            "title": title,
+            "setting": s,
+            "tokens_per_second": entry.get("tokens_per_second"),
+            "peak_memory_bytes": entry.get("peak_memory_bytes"),
+            "dtype": entry.get("dtype", r.data["dtype"]),
+            "device": r.data["device"],
+        }
+        for title, r in zip(titles(results), results, strict=True)
+        for s, entry in sorted(r.settings.items(), key=lambda item: setting_order(item[0]))
+    ]
+
+
+# --- sinks, tasks -------------------------------------------------------------------------------------------------
+
+
+def inspected(abouts: list[About]) -> list[Record]:
+    """The sink measures of each inspected model in one line."""
+    found = []
+    for title, a in zip(titles(abouts), abouts, strict=True):
+        m = a.data["measures"]
+        last = a.data["last_query"]
+        found.append(
+            {
+                "title": title,
+                "sink_rates": m["sink_rates"],
+                "text_rate": m.get("text_rates", {}).get("0.3"),
+                "column_rate": m.get("column_rates", {}).get("0.3"),
+                "first": float(np.mean(m["first"])),
+                "floor": m["floor"]["first"],
+                "last_query": float(np.mean(last["prefix"])) + float(np.mean(last["column"])),
+                "last_query_positions": last["length"],
+                "massive": max(m["massive"]),
+                "norm": max(m["norm"]),
+                "kurtosis": max(m["kurtosis"]),
+                "value_norm": float(np.mean(m["value_norm"])),
+            }
+        )
+    return found
+
+
+def logged_sinks(runs: list[Run]) -> list[Record]:
+    """The last measures that each run logged."""
+    return [
+        {"name": r.name, "mechanism": r.mechanism, **{k: v for k, v in r.probes[-1].items() if k != "kind"}}
+        for r in runs
+        if r.probes
+    ]
+
+
+def accuracies(about: About) -> dict[str, tuple[float, float | None]]:
+    """By task: accuracy, or the task's first metric where it has none, and its standard error."""
+    found = {}
+    for task, entry in about.data["tasks"].items():
+        names = [k for k in entry if k not in ("stderr", "n") and isinstance(entry[k], int | float)]
+        if names:
+            found[task] = (float(entry["acc" if "acc" in names else names[0]]), entry.get("stderr"))
+    return found

@@ -1,0 +1,429 @@
+"""What a comparison shows, in order: sections of text, tables and figures, still without a format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from sinkpretrain import figures
+from sinkpretrain.comparison import numbers, paper
+from sinkpretrain.comparison.numbers import Group, Record
+from sinkpretrain.comparison.read import About, Found, Result, setting_order
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as they are printed; the first ``labels`` columns are text, the rest numbers."""
+
+    head: list[str]
+    rows: list[list[str]]
+    labels: int = 1
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, the name of its file, and what it shows in words."""
+
+    name: str
+    caption: str
+    figure: Figure
+
+
+Block = str | Table | Picture
+
+
+@dataclass
+class Section:
+    title: str
+    blocks: list[Block] = field(default_factory=list)
+
+
+def sections(found: Found, groups: list[Group], settings: list[str], with_paper: bool) -> list[Section]:
+    """All sections that there is something to show for."""
+    parts: list[Section] = []
+    if found.results:
+        parts += [perplexity(found.results, groups, settings, with_paper), *differences(groups)]
+    if found.runs:
+        parts.append(training(found))
+    if found.inspections or any(r.probes for r in found.runs):
+        parts.append(sinks(found))
+    if found.results or any(numbers.training(r)["tokens_per_second"] for r in found.runs):
+        parts.append(speed(found))
+    if found.zero_shot:
+        parts.append(zero_shot(found.zero_shot, with_paper))
+    if found.results and with_paper and not has_paper(groups, settings):
+        parts.append(Section("The paper's table", [papers_table(), f"{paper.CITATION}: models of 160M parameters."]))
+    parts.append(Section("Where the numbers come from", [provenance(found)]))
+    return parts
+
+
+# --- perplexity ---------------------------------------------------------------------------------------------------
+
+
+def perplexity(results: list[Result], groups: list[Group], settings: list[str], with_paper: bool) -> Section:
+    """Table 3, and perplexity against position."""
+    beside = with_paper and has_paper(groups, settings)
+    blocks: list[Block] = [table_3(groups, settings, beside)]
+    if beside:
+        blocks.append(f"In parentheses: {paper.CITATION}.")
+    if any(len(g.results) > 1 for g in groups):
+        blocks.append("Several seeds (n): their mean, ± half of its 95 % t-interval over seeds.")
+    blocks += conditions(results)
+    curves = [(title, nll) for g in groups for title, nll in _member_names(g)]
+    blocks.append(
+        Picture(
+            "perplexity",
+            "Perplexity of all tokens read so far, one panel per cache: a curve that leaves the others is a model "
+            "that misses what the cache has evicted.",
+            figures.perplexity_figure(curves, settings),
+        )
+    )
+    return Section("Streaming perplexity", blocks)
+
+
+def table_3(groups: list[Group], settings: list[str], beside: bool) -> Table:
+    return Table(
+        ["mechanism", *map(heading, settings)],
+        [
+            [row_title(g), *(cell(found.get(s), beside) for s in settings)]
+            for g, found in ((g, numbers.cells(g, settings)) for g in groups)
+        ],
+    )
+
+
+def has_paper(groups: list[Group], settings: list[str]) -> bool:
+    """Whether a number of the paper stands beside one of ours."""
+    return any(entry["paper"] for g in groups for entry in numbers.cells(g, settings).values())
+
+
+def papers_table() -> Table:
+    settings = list(next(iter(paper.TABLE_3.values())))
+    rows = [[m, *(number(values[s]) for s in settings)] for m, values in paper.TABLE_3.items()]
+    return Table(["mechanism", *settings], rows)
+
+
+def _member_names(g: Group) -> list[tuple[str, dict[str, Any]]]:
+    names = [g.title] if len(g.results) == 1 else [f"{g.title}: {r.name}" for r in g.results]
+    return list(zip(names, g.losses, strict=True))
+
+
+def number(value: float | None) -> str:
+    """A perplexity as the paper prints it: two decimals, none above 1,000."""
+    if value is None:
+        return ""
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
+
+
+def cell(entry: Record | None, with_paper: bool) -> str:
+    """``18.21 ± 0.05 (18.01)``: our mean, half its interval over seeds if there are several, the paper's value."""
+    if entry is None:
+        return ""
+    text = number(entry["mean"])
+    if entry["high"] is not None:
+        text += f" ± {number(entry['high'] - entry['mean'])}"
+    return f"{text} ({number(entry['paper'])})" if with_paper and entry["paper"] else text
+
+
+def row_title(g: Group) -> str:
+    return g.title + (f" (n={len(g.results)})" if len(g.results) > 1 else "")
+
+
+def heading(setting: str) -> str:
+    return setting.replace("-nocolumn", " without column")
+
+
+def conditions(results: list[Result]) -> list[str]:
+    """How the numbers were made; where results differ every value is named, for a reader must know of the mixture."""
+    sources = [source for r in results for source in r.sources]
+    # A folder may have been filled in several goes: a setting knows its own precision.
+    dtypes = [entry.get("dtype", source["dtype"]) for source in sources for entry in source["settings"].values()]
+    tokens = results[0].tokens
+    return [
+        f"{tokens['count']:,} tokens (sha256 {tokens['sha256'][:12]}), {_all(s['convention'] for s in sources)}.",
+        f"{_all(dtypes)}, {_all(s['device'] for s in sources)}, torch {_all(s['versions']['torch'] for s in sources)}.",
+    ]
+
+
+def _all(values: Any) -> str:
+    return " and ".join(dict.fromkeys(values))
+
+
+# --- differences --------------------------------------------------------------------------------------------------
+
+
+def differences(groups: list[Group]) -> list[Section]:
+    """Two tables of paired differences, each if it has a row."""
+    found = [
+        (
+            "Against the most initial positions",
+            "What a model loses with fewer initial positions in the same cache.",
+            numbers.own_differences(groups),
+        ),
+        (
+            "Against vanilla with the most initial positions",
+            "Whether a mechanism with fewer initial positions does as well as an ordinary model with all of them.",
+            numbers.vanilla_differences(groups),
+        ),
+    ]
+    intervals = (
+        "Paired over the same tokens; negative is better. 95 % over blocks: bootstrap over blocks of the text, which "
+        "says how another text might turn out. "
+    )
+    if any(len(g.results) > 1 for g in groups):
+        intervals += (
+            "95 % over seeds: t-interval over the differences of seeds trained alike, which says how another training "
+            "might turn out; blank where seeds are not known or not the same."
+        )
+    else:
+        intervals += "How another training, with another seed, might turn out is not in it."
+    return [
+        Section(title, [f"{sentence} {intervals}", difference_table(records)])
+        for title, sentence, records in found
+        if records
+    ]
+
+
+def difference_table(records: list[Record]) -> Table:
+    same = all(r["title"] == r["against"] for r in records)
+    seeds = any(r["seed_low"] is not None for r in records)
+    head = ["model", "setting", "against", "nats", "perplexity", "95 % over blocks", "95 % over seeds"]
+    return Table(
+        head if seeds else head[:-1],
+        [
+            [
+                r["title"] + (f" (n={r['n']})" if r["n"] > 1 else ""),
+                heading(r["setting"]),
+                heading(r["reference"]) if same else f"{r['against']} {heading(r['reference'])}",
+                f"{r['nats']:+.4f}",
+                _change(numbers.percent(r["nats"])) + " %",
+                _interval(r["low"], r["high"]),
+                *([_interval(r["seed_low"], r["seed_high"])] if seeds else []),
+            ]
+            for r in records
+        ],
+        labels=3,
+    )
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return ""
+    return f"{_change(numbers.percent(low))} to {_change(numbers.percent(high))} %"
+
+
+def _change(value: float) -> str:
+    return f"{value:+.2f}" if abs(value) < 1000 else f"{value:+,.0f}" if abs(value) < 1e7 else f"{value:+.0e}"
+
+
+# --- training, sinks, speed, tasks --------------------------------------------------------------------------------
+
+
+def training(found: Found) -> Section:
+    rows = []
+    for r in map(numbers.training, found.runs):
+        losses = [_format(r["training_loss"], ".3f"), _format(r["validation_loss"], ".4f")]
+        rows.append([r["name"], r["mechanism"], str(r["seed"]), f"{r['steps']:,}", *losses])
+    curves = [(r.name, r.curve("train"), r.curve("validation")) for r in found.runs]
+    return Section(
+        "Training",
+        [
+            Table(["run", "mechanism", "seed", "steps", "training loss", "validation loss"], rows, labels=2),
+            "Losses in nats per token; validation loss is over the targets that every mechanism has.",
+            Picture("loss", "Loss against optimizer steps.", figures.loss_figure(curves)),
+        ],
+    )
+
+
+def sinks(found: Found) -> Section:
+    """Measures of inspected models, and how sinks emerged in runs."""
+    blocks: list[Block] = []
+    if found.inspections:
+        blocks += [inspection_table(found.inspections), _INSPECTION_NOTE]
+        names = numbers.titles(found.inspections)
+        layers = [(n, a.data["measures"]) for n, a in zip(names, found.inspections, strict=True)]
+        caption = "Attention to the sink and the residual stream, layer by layer (mean over heads and sequences)."
+        blocks.append(Picture("layers", caption, figures.layers_figure(layers)))
+    logged = [r for r in found.runs if r.probes]
+    if logged:
+        if not found.inspections:
+            blocks.append(logged_table(numbers.logged_sinks(logged)))
+        curves = [(r.name, r.probes) for r in logged]
+        caption = "When sinks emerge: measures that the runs logged while training."
+        blocks.append(Picture("emergence", caption, figures.emergence_figure(curves)))
+    return Section("Attention sinks", blocks)
+
+
+_INSPECTION_NOTE = (
+    "Sink_1 at epsilon: share of (layer, head, sequence) in which position 0 receives more than epsilon of the "
+    "attention on average; even attention would give the floor. Last query: its attention to the first position or the "
+    "sink tokens and to the column, mean over layers and heads. Massive, norm, kurtosis: the largest over depths."
+)
+
+
+def inspection_table(abouts: list[About]) -> Table:
+    thresholds = [t for t in ("0.1", "0.2", "0.3") if all(t in a.data["measures"]["sink_rates"] for a in abouts)]
+    return Table(
+        [
+            "model",
+            *(f"Sink_1 at {t}" for t in thresholds),
+            "first text token at 0.3",
+            "column at 0.3",
+            "alpha_1",
+            "floor",
+            "last query",
+            "massive ratio",
+            "norm ratio",
+            "value norm",
+            "kurtosis",
+        ],
+        [
+            [
+                r["title"],
+                *(f"{100 * r['sink_rates'][t]:.1f} %" for t in thresholds),
+                _share(r["text_rate"]),
+                _share(r["column_rate"]),
+                f"{r['first']:.3f}",
+                f"{r['floor']:.3f}",
+                f"{r['last_query']:.3f} at {r['last_query_positions']:,}",
+                f"{r['massive']:,.0f}",
+                f"{r['norm']:.2f}",
+                f"{r['value_norm']:.2f}",
+                f"{r['kurtosis']:.1f}",
+            ]
+            for r in numbers.inspected(abouts)
+        ],
+    )
+
+
+def logged_table(records: list[Record]) -> Table:
+    """Means over layers of what runs logged last; older runs logged less."""
+
+    def mean(r: Record, name: str, form: str = ".3f") -> str:
+        return format(float(np.mean(r[name])), form) if name in r else ""
+
+    return Table(
+        ["run", "mechanism", "step", "Sink_1 at 0.3", "to position 0", "floor", "to column", "entropy, nats"],
+        [
+            [
+                r["name"],
+                r["mechanism"],
+                f"{r['step']:,}",
+                _share(r["sink_share"]),
+                mean(r, "first_mass"),
+                f"{r['uniform_floor']:.3f}",
+                mean(r, "column_mass"),
+                mean(r, "entropy", ".2f"),
+            ]
+            for r in records
+        ],
+        labels=2,
+    )
+
+
+def speed(found: Found) -> Section:
+    blocks: list[Block] = []
+    rates = [r for r in map(numbers.training, found.runs) if r["tokens_per_second"]]
+    if rates:
+        rows = [
+            [r["name"], r["mechanism"], r["device"], f"{r['tokens_per_second']:,.0f}", _memory(r["peak_memory_bytes"])]
+            for r in rates
+        ]
+        blocks.append(Table(["training run", "mechanism", "device", "tokens/s", "peak memory"], rows, labels=3))
+    if found.results:
+        rows = [
+            [
+                r["title"],
+                heading(r["setting"]),
+                f"{r['device']}, {r['dtype']}",
+                _format(r["tokens_per_second"], ",.0f"),
+                _memory(r["peak_memory_bytes"]),
+            ]
+            for r in numbers.streaming_speed(found.results)
+        ]
+        blocks.append(Table(["streaming", "setting", "device", "tokens/s", "peak memory"], rows, labels=3))
+    blocks.append(
+        "Training: median over the run. Memory: of the GPU, or of the whole process on a CPU. Speeds of other devices, "
+        "and of shared ones, do not compare."
+    )
+    return Section("Speed and memory", blocks)
+
+
+def zero_shot(abouts: list[About], with_paper: bool) -> Section:
+    """Accuracies in per cent with their standard errors, the paper's beside."""
+    names = numbers.titles(abouts)
+    found = [numbers.accuracies(a) for a in abouts]
+    tasks = list(dict.fromkeys(t for entry in found for t in entry))
+    shown = False
+    rows = []
+    for name, a, entry in zip(names, abouts, found, strict=True):
+        row = [name]
+        for task in tasks:
+            value, error = entry.get(task, (None, None))
+            text = "" if value is None else f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error else "")
+            theirs = paper.zero_shot(a.mechanism, task, a.data["model"]["shape"]) if with_paper else None
+            if text and theirs is not None:
+                text, shown = f"{text} ({theirs:.1f})", True
+            row.append(text)
+        rows.append(row)
+    note = "Accuracy in per cent ± one standard error over the questions."
+    return Section(
+        "Zero-shot tasks",
+        [Table(["model", *tasks], rows), note + (f" In parentheses: {paper.ZERO_SHOT_CITATION}." if shown else "")],
+    )
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def _format(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _memory(value: int | None) -> str:
+    return "" if value is None else f"{value / GIB:.2f} GiB"
+
+
+# --- provenance ---------------------------------------------------------------------------------------------------
+
+
+def provenance(found: Found) -> Table:
+    """One row per file that a number came from."""
+    rows: list[list[str]] = []
+
+    def add(kind: str, folder: str, name: str, about: dict[str, Any], model: str, data: str) -> None:
+        library = about.get("versions", {})
+        made = ", ".join(f"{k} {library[k]}" for k in ("sinkpretrain", "torch") if k in library)
+        commit = about.get("commit") or ""
+        device, created = about.get("device", ""), about.get("created", "")
+        rows.append(
+            [kind, name, model[:12], data[:12], device, made, commit, created, about.get("command", ""), folder]
+        )
+
+    for r in found.results:
+        for source in r.sources:
+            model, tokens = source["model"], source["tokens"]
+            add("stream", source["folder"], model["name"], source, model["sha256"], tokens["sha256"])
+    for run in found.runs:
+        data = run.about.get("data", {})
+        identity = str(data.get("train_sha256") or data.get("train_fingerprint") or "")
+        for attempt in run.about.get("attempts") or [run.about]:
+            add("train", str(run.folder), run.name, attempt, "", identity)
+    for kind, abouts in (("inspect", found.inspections), ("zero-shot", found.zero_shot)):
+        for a in abouts:
+            tokens = a.data.get("tokens", {}).get("sha256", "")
+            add(kind, str(a.folder), a.name, a.data, a.data["model"]["sha256"], tokens)
+    head = ["from", "name", "model", "data", "device", "versions", "commit", "made", "command", "folder"]
+    return Table(head, rows, labels=len(head))
+
+
+def all_settings(results: Sequence[Result]) -> list[str]:
+    """Every setting that occurs, in order."""
+    key: Callable[[str], Any] = setting_order
+    return sorted({s for r in results for s in r.settings}, key=key)
