@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from sinkpretrain.sinks import Column
+from sinkpretrain.mechanism import Column, Mechanism, Weigh
 
 aten = torch.ops.aten
 
@@ -49,14 +50,76 @@ def rotate(x_BHTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def causal_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, column: Column | None) -> Tensor:
-    """Causal softmax attention [B, H, T, D], with the extra column if there is one. Gradients are exact."""
+def causal_attention(
+    q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, column: Column | None, visible: Tensor | None = None
+) -> Tensor:
+    """Softmax attention [B, H, T, D], with the extra column if there is one. Gradients are exact.
+
+    Args:
+        visible: which keys a query sees, bool broadcastable to [B, H, T, S]; every query sees one at least. None is
+            plain causal attention.
+    """
     if column is None:
-        return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True)
+        return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, attn_mask=visible, is_causal=visible is None)
     if q_BHTD.device.type == "cuda" and q_BHTD.dtype not in (torch.bfloat16, torch.float16):
-        return _eager_column(q_BHTD, k_BHTD, v_BHTD, column)
-    out: Tensor = ColumnAttention.apply(q_BHTD, k_BHTD, v_BHTD, column.logit, column.value)  # type: ignore[no-untyped-call]
+        return _eager_column(q_BHTD, k_BHTD, v_BHTD, column, visible)
+    bias = None if visible is None else _bias(visible, q_BHTD, k_BHTD)
+    out: Tensor = ColumnAttention.apply(q_BHTD, k_BHTD, v_BHTD, column.logit, column.value, bias)  # type: ignore[no-untyped-call]
     return out
+
+
+def _bias(visible: Tensor, q_BHTD: Tensor, k_BHSD: Tensor) -> Tensor:
+    """``visible`` as 0 and -inf, [B, H, T, S], in the layout that the kernels of the device take."""
+    bias = torch.zeros(visible.shape, dtype=q_BHTD.dtype, device=visible.device).masked_fill(~visible, float("-inf"))
+    S = k_BHSD.shape[2]
+    if q_BHTD.device.type == "cuda":
+        # The kernel loads the bias in aligned rows: give it a padded buffer and a view of the true width.
+        bias = F.pad(bias, (0, -S % 16))[..., :S]
+    return bias.expand(*q_BHTD.shape[:3], S)
+
+
+WEIGHED_ROWS = 256
+"""Queries whose weights exist at a time in ``weighed_attention``."""
+
+
+def weighed_attention(
+    q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, weigh: Weigh, visible: Tensor | None = None
+) -> Tensor:
+    """Causal attention [B, H, T, D] under a normalisation of the mechanism's own, which no flash kernel takes.
+
+    Weights are made for a few hundred queries at a time, in fp32 whatever autocast says, and made again in the backward
+    pass: memory grows with the length, not with its square, and gradients are autograd's. It costs the products of
+    attention three times instead of twice, unfused: on two CPU cores about COST.
+
+    Args:
+        visible: as in ``causal_attention``.
+    """
+    T = q_BHTD.shape[2]
+    parts = []
+    for start in range(0, T, WEIGHED_ROWS):
+        stop = min(T, start + WEIGHED_ROWS)
+        if visible is None:
+            seen = torch.ones(T, stop, dtype=torch.bool, device=q_BHTD.device).tril()[start:stop]
+        else:
+            seen = visible[..., start:stop, :stop]
+        # Causality: no query of this part sees a key behind the part.
+        rows = (q_BHTD[:, :, start:stop], k_BHTD[:, :, :stop], v_BHTD[:, :, :stop], weigh, seen)
+        parts.append(checkpoint(_weighed, *rows, use_reentrant=False) if torch.is_grad_enabled() else _weighed(*rows))
+    return torch.cat(parts, dim=2).to(v_BHTD.dtype)
+
+
+def _weighed(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, weigh: Weigh, visible: Tensor) -> Tensor:
+    with torch.autocast(q_BHTD.device.type, enabled=False):
+        weights = weigh(scaled_logits(q_BHTD, k_BHSD), visible)
+        return weights @ v_BHSD.to(weights.dtype)
+
+
+def scaled_logits(q_BHTD: Tensor, k_BHSD: Tensor) -> Tensor:
+    """q k^T / sqrt(d), at least fp32."""
+    wide = torch.promote_types(q_BHTD.dtype, torch.float32)
+    k_BHSD = spread_heads(k_BHSD, q_BHTD.shape[1])
+    logits: Tensor = (q_BHTD.to(wide) @ k_BHSD.to(wide).mT) * q_BHTD.shape[-1] ** -0.5
+    return logits
 
 
 class ColumnAttention(torch.autograd.Function):
@@ -71,22 +134,24 @@ class ColumnAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, s: Tensor, value: Tensor | None) -> Tensor:
-        out, lse, extra = _flash_forward(q, k, v)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, s: Tensor, value: Tensor | None, bias: Tensor | None = None
+    ) -> Tensor:
+        out, lse, extra = _flash_forward(q, k, v, bias)
         lse_all = torch.logaddexp(lse, s.to(lse.dtype))
         merged = out * torch.exp(lse - lse_all).unsqueeze(-1)
         if value is not None:
             p = torch.exp(s.to(lse.dtype) - lse_all)
             merged = merged + p.unsqueeze(-1) * value.unsqueeze(-2)
         merged = merged.to(q.dtype)
-        ctx.save_for_backward(q, k, v, s, value, merged, lse_all, *extra)
+        ctx.save_for_backward(q, k, v, s, value, bias, merged, lse_all, *extra)
         return merged
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (d_out,) = grads
-        q, k, v, s, value, merged, lse_all, *extra = ctx.saved_tensors
-        dq, dk, dv = _flash_backward(d_out, q, k, v, merged, lse_all, extra)
+        q, k, v, s, value, bias, merged, lse_all, *extra = ctx.saved_tensors
+        dq, dk, dv = _flash_backward(d_out, (q, k, v, bias), merged, lse_all, extra)
         d_s = d_value = None
         if ctx.needs_input_grad[3] or (value is not None and ctx.needs_input_grad[4]):
             d_wide = d_out.to(lse_all.dtype)
@@ -96,7 +161,7 @@ class ColumnAttention(torch.autograd.Function):
                 inner = inner + (d_wide * value.unsqueeze(-2)).sum(-1)
                 d_value = (p.unsqueeze(-1) * d_wide).sum((0, 2)).to(value.dtype)
             d_s = (p * inner).sum_to_size(s.shape).to(s.dtype)
-        return dq, dk, dv, d_s, d_value
+        return dq, dk, dv, d_s, d_value, None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -105,11 +170,15 @@ def _prefers_cudnn(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
-def _flash_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Causal flash attention: output, logsumexp [B, H, T], and what the backward of the same device wants besides."""
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Attention that is causal or under a bias: output, logsumexp [B, H, T], and what the same device's backward wants
+    besides."""
     if q.device.type != "cuda":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, bias is None, attn_mask=bias)
         return out, lse, ()
+    if bias is not None:
+        out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True)
+        return out, lse[..., : q.shape[2]], (seed, offset)  # the kernel rounds T up to a multiple of 32
     if _prefers_cudnn(q.device):
         out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, True, False
@@ -120,28 +189,39 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tup
 
 
 def _flash_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: list[Tensor]
+    d_out: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    out: Tensor,
+    lse: Tensor,
+    extra: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    T = q.shape[2]
+    q, k, v, bias = inputs
+    T, S = q.shape[2], k.shape[2]
     if q.device.type != "cuda":
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            d_out.contiguous(), q, k, v, out, lse, 0.0, True
+            d_out.contiguous(), q, k, v, out, lse, 0.0, bias is None, attn_mask=bias
+        )
+    elif bias is not None:
+        lse = F.pad(lse, (0, -T % 32))
+        wanted = [True, True, True, False]
+        grads = aten._scaled_dot_product_efficient_attention_backward(
+            d_out.contiguous(), q, k, v, bias, out, lse, *extra, 0.0, wanted
         )
     elif _prefers_cudnn(q.device):
         grads = aten._scaled_dot_product_cudnn_attention_backward(
-            d_out, q, k, v, out, lse.unsqueeze(-1), *extra, None, None, None, T, T, 0.0, True
+            d_out, q, k, v, out, lse.unsqueeze(-1), *extra, None, None, None, T, S, 0.0, True
         )
     else:
         grads = aten._scaled_dot_product_flash_attention_backward(
-            d_out.contiguous(), q, k, v, out, lse, None, None, T, T, 0.0, True, *extra
+            d_out.contiguous(), q, k, v, out, lse, None, None, T, S, 0.0, True, *extra
         )
     return grads[0], grads[1], grads[2]
 
 
-def _eager_column(q: Tensor, k: Tensor, v: Tensor, column: Column) -> Tensor:
+def _eager_column(q: Tensor, k: Tensor, v: Tensor, column: Column, visible: Tensor | None = None) -> Tensor:
     """The definition, differentiated by autograd, for what no flash kernel takes (fp32 and fp64 on a GPU)."""
-    T = q.shape[2]
-    visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    if visible is None:
+        visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     logits = ((q @ k.mT) * q.shape[-1] ** -0.5).masked_fill(~visible, float("-inf"))
     lse = torch.logsumexp(logits, dim=-1)
     return merge_column(torch.softmax(logits, dim=-1) @ v, lse, column)
@@ -161,6 +241,16 @@ def distance_bias(distance_TS: Tensor, slopes_H: Tensor | None, visible_TS: Tens
     if slopes_H is not None:
         bias = -slopes_H[:, None, None] * distance_TS
     return bias.masked_fill(~visible_TS, float("-inf"))
+
+
+def visible_keys(query: Tensor, key: Tensor, reach: int | None = None, pinned: int = 0) -> Tensor:
+    """Which keys a query attends to by their places, bool; queries and keys are broadcast against each other.
+
+    Those up to its own; with a ``reach`` only that many, its own included, and the first ``pinned`` places.
+    """
+    distance = query - key
+    seen = distance >= 0
+    return seen if reach is None else seen & ((distance < reach) | (key < pinned))
 
 
 def grouped_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, bias: Tensor | None) -> Tensor:
@@ -185,8 +275,7 @@ def masked_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, bias_TS: Te
     if q_BHTD.device.type == "cuda":
         B, H, T, _ = q_BHTD.shape
         S = k_BHSD.shape[2]
-        # The kernel loads the bias in aligned rows: give it a padded buffer and a view of the true width.
-        padded = F.pad(bias, (0, -S % 16))[:, :S].expand(B, H, T, S)
+        padded = F.pad(bias, (0, -S % 16))[:, :S].expand(B, H, T, S)  # aligned rows, as in _bias
         out, lse, _, _ = aten._scaled_dot_product_efficient_attention(q_BHTD, k_BHSD, v_BHSD, padded, True)
         lse = lse[..., :T].float()
     else:
@@ -214,6 +303,14 @@ def merge_column(out_BHTD: Tensor, lse_BHT: Tensor, column: Column | None) -> Te
     return out if column.value is None else out + (1 - g) * column.value.unsqueeze(-2)
 
 
+def weighed_keys(logits_BHTS: list[Tensor], visible_TS: list[Tensor], v_BHSD: list[Tensor], weigh: Weigh) -> Tensor:
+    """The output of keys in groups (scaled fp32 logits, what is visible, values) under a mechanism's ``weigh``, which
+    sees them as one row."""
+    weights = weigh(torch.cat(logits_BHTS, dim=-1), torch.cat(visible_TS, dim=-1))
+    values = spread_heads(torch.cat(v_BHSD, dim=2), weights.shape[1])
+    return weights @ values.to(weights.dtype)
+
+
 def weighted_values(weights_BHTS: Tensor, mass_BHT: Tensor, v_BHSD: Tensor, column: Column | None) -> Tensor:
     """The output, fp32 [B, H, T, D], of what ``attention_weights`` returned."""
     out = weights_BHTS @ spread_heads(v_BHSD, weights_BHTS.shape[1]).float()
@@ -223,17 +320,26 @@ def weighted_values(weights_BHTS: Tensor, mass_BHT: Tensor, v_BHSD: Tensor, colu
 
 
 def attention_weights(
-    q_BHTD: Tensor, k_BHSD: Tensor, column: Column | None, visible_TS: Tensor
+    q_BHTD: Tensor, k_BHSD: Tensor, column: Column | None, visible: Tensor, weigh: Weigh | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The attention itself, fp32 [B, H, T, S], and the mass on the column [B, H, T]; their sum over S is 1.
+    """The attention itself, at least fp32 [B, H, T, S], and the mass on the column [B, H, T].
 
-    ``visible_TS`` says what a query sees, or is what is added to its logits ([T, S] or [H, T, S]: ``distance_bias``).
-    Quadratic in memory: for measures and as the plain reference of the fast paths.
+    ``visible`` says what a query sees, bool broadcastable to [B, H, T, S], or is what is added to its logits
+    (``distance_bias``). Of a softmax, the sum over S is 1; under a mechanism's own ``weigh`` it is what it is, and the
+    column has none. Quadratic in memory: for measures and as the plain reference of the fast paths.
     """
-    logits = (q_BHTD.float() @ spread_heads(k_BHSD, q_BHTD.shape[1]).float().mT) * q_BHTD.shape[-1] ** -0.5
-    logits = logits.masked_fill(~visible_TS, float("-inf")) if visible_TS.dtype == torch.bool else logits + visible_TS
+    logits = scaled_logits(q_BHTD, k_BHSD)
+    if weigh is not None:
+        weights = weigh(logits, visible if visible.dtype == torch.bool else visible > float("-inf"))
+        return weights, torch.zeros_like(weights[..., 0])
+    logits = logits.masked_fill(~visible, float("-inf")) if visible.dtype == torch.bool else logits + visible
     lse = torch.logsumexp(logits, dim=-1)
     if column is None:
         return torch.exp(logits - lse.unsqueeze(-1)), torch.zeros_like(lse)
     lse_all = torch.logaddexp(lse, column.logit.float())
     return torch.exp(logits - lse_all.unsqueeze(-1)), torch.exp(column.logit.float() - lse_all)
+
+
+def sink_weights(q_BHTD: Tensor, k_BHSD: Tensor, sink: Mechanism, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """``attention_weights`` as a mechanism has them, column and normalisation."""
+    return attention_weights(q_BHTD, k_BHSD, sink.column(q_BHTD, visible.sum(-1)), visible, sink.weigher)

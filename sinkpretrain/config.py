@@ -35,6 +35,8 @@ class ModelConfig:
         tokenizer_size: ids that text can contain; the rows from here on are spare and hold the sink tokens.
             0 means: as the data's manifest says.
         context: tokens per training sample, sinks included; positions never exceed it in training.
+        window: attend to so many tokens before a token's own, in training as later; 0 means all of them.
+        window_sinks: first positions that a window leaves visible to every token.
         rotary_pct: share of each head's dimensions that rotate.
         rope_base: base of the rotary frequencies.
         layer_norm_eps: epsilon of every LayerNorm.
@@ -48,6 +50,8 @@ class ModelConfig:
     vocab_size: int = 0
     tokenizer_size: int = 0
     context: int = 2048
+    window: int = 0
+    window_sinks: int = 0
     rotary_pct: float = 0.25
     rope_base: float = 10000.0
     layer_norm_eps: float = 1e-5
@@ -74,6 +78,11 @@ class ModelConfig:
         for name in ("n_layer", "d_model", "n_head", "context"):
             if getattr(self, name) <= 0:
                 raise UserError(f"model.{name} must be positive, not {getattr(self, name)}.")
+        if self.window < 0 or self.window_sinks < 0 or (self.window_sinks and not self.window):
+            raise UserError(
+                f"model.window {self.window} with model.window_sinks {self.window_sinks}: neither can be negative, and "
+                "pinned sinks need a window; set model.window, or model.window_sinks to 0."
+            )
         if self.d_model % self.n_head:
             raise UserError(
                 f"model.d_model {self.d_model} is not a multiple of model.n_head {self.n_head}; choose a divisor."
@@ -116,6 +125,9 @@ class DataConfig:
         shuffle: permute the samples of each epoch; by default yes, except for files whose rows are samples already
             (Pythia's pre-shuffled ones), which are read in their own order.
         validation_samples: samples of the fixed validation set, from the start of the validation split.
+        document_mask: attention in training does not cross the end of a document; what a mechanism prepends stays
+            visible to every document of a sample.
+        end_of_document: id of the token between documents; by default as the data's manifest says.
     """
 
     path: str = ""
@@ -124,6 +136,8 @@ class DataConfig:
     seed: int = 1234
     shuffle: bool | None = None
     validation_samples: int = 256
+    document_mask: bool = False
+    end_of_document: int | None = None
 
 
 @dataclass(frozen=True)

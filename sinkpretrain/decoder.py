@@ -241,6 +241,10 @@ class Decoder(nn.Module):
         return self.config.windows
 
     @property
+    def pinned(self) -> int:
+        return 0
+
+    @property
     def learned_positions(self) -> int | None:
         return self.config.positions.count if isinstance(self.config.positions, Learned) else None
 

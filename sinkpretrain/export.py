@@ -117,7 +117,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
 
 def _check_mechanism(model: GPTNeoX) -> None:
     """Only what a mechanism prepends survives in the stock class, so it must do nothing else."""
-    if _only_prepends(model.sink_config, model.config):
+    if _only_prepends(model.sink_config, model.config) and not model.config.window:
         return
     able = [name for name in sinks.REGISTRY if _only_prepends(SinkConfig(name), model.config)]
     raise UserError(
@@ -127,8 +127,8 @@ def _check_mechanism(model: GPTNeoX) -> None:
 
 
 def _only_prepends(sink: SinkConfig, config: ModelConfig) -> bool:
-    mechanism = sinks.build(sink, config)
-    return not mechanism.state_dict() and not mechanism.adds_column
+    mechanism = sinks.mechanism_class(sink)
+    return not any(mechanism.uses(hook) for hook in ("values", "column", "weigh", "output"))
 
 
 @torch.no_grad()

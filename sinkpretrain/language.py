@@ -51,6 +51,7 @@ class LanguageModel(Protocol):
     adds_column: whether the softmax of its sink mechanism has a column more than there are keys.
     slopes: ALiBi's fp32 slope of each head [H], or None: a key at distance d gets the bias -slope * d.
     windows: for each layer how many keys a query may see, itself included, or None for all before it.
+    pinned: keys in the first so many places are seen through every window.
     learned_positions: how many positions its embedding of positions has, or None if it has no such embedding.
     """
 
@@ -66,6 +67,8 @@ class LanguageModel(Protocol):
     def slopes(self) -> Tensor | None: ...
     @property
     def windows(self) -> Sequence[int | None]: ...
+    @property
+    def pinned(self) -> int: ...
     @property
     def learned_positions(self) -> int | None: ...
 

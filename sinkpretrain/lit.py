@@ -83,6 +83,7 @@ class PretrainModule(L.LightningModule):
             functools.partial(torch.compile, fullgraph=True) if config.training.compile else (lambda f: f)
         )
         self._hidden: Callable[..., Tensor] = self._maybe_compiled(self.model.hidden)
+        self._hidden_in_documents: Callable[..., Tensor] = self._maybe_compiled(self._mask_documents)
         self._plain_loss: Callable[..., Tensor] = self._maybe_compiled(linear_cross_entropy)
         self._pending: list[tuple[int, float, Tensor, Tensor]] = []
         self._last_validation = ""
@@ -99,18 +100,27 @@ class PretrainModule(L.LightningModule):
         shard(self.model, self.device_mesh["data_parallel"])
         for block in self.model.blocks:
             block.forward = self._maybe_compiled(block.forward)
-        self._hidden = self.model.hidden
+        self._hidden, self._hidden_in_documents = self.model.hidden, self._mask_documents
 
     # --- one step -------------------------------------------------------------------------------------------------
 
     def loss(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
         """Mean negative log-likelihood, nats per target, in fp32."""
-        hidden = self._hidden(ids_BT, self.model.causal(ids_BT.shape[1], ids_BT.device))
+        if self.config.data.document_mask:
+            hidden = self._hidden_in_documents(ids_BT)
+        else:
+            hidden = self._hidden(ids_BT, self.model.causal(ids_BT.shape[1], ids_BT.device))
         # The fused loss is one kernel and three matrix products: nothing is left to compile. Where it does not apply
         # (a CPU, fp32, validation), the plain one is compiled like the rest.
         fused = self._fused and can_fuse(hidden)
         head_loss = linear_cross_entropy if fused else self._plain_loss
         return head_loss(hidden.flatten(0, 1), self.model.head.weight, labels_BT.flatten(), fused)
+
+    def _mask_documents(self, ids_BT: Tensor) -> Tensor:
+        """The hidden states under a mask that depends on the batch, and is therefore made in compiled code."""
+        end = self.config.data.end_of_document
+        assert end is not None
+        return self.model.hidden(ids_BT, self.model.within_documents(ids_BT, end))
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One optimizer step on this process's share of the step's samples, in as many passes as ``micro_batch`` asks.

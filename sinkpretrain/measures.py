@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sinkpretrain import sinks
-from sinkpretrain.attention import attention_weights
+from sinkpretrain.attention import sink_weights, visible_keys
 from sinkpretrain.model import GPTNeoX
 from sinkpretrain.observe import observe
 
@@ -127,12 +127,13 @@ def measure(model: GPTNeoX, ids_BT: Tensor, batch: int = 128) -> Measures:
 def _measure_batch(model: GPTNeoX, ids_BT: Tensor) -> dict[str, Tensor]:
     T, n = ids_BT.shape[1], len(model.prefix_ids)
     assert n + 1 < T, (T, n)
-    visible = torch.ones(T, T, dtype=torch.bool, device=ids_BT.device).tril()
+    positions = torch.arange(T, device=ids_BT.device)
+    visible = visible_keys(positions[:, None], positions, model.windows[0], model.pinned)
     heads: list[dict[str, Tensor]] = []
     stream: list[dict[str, Tensor]] = []
 
     def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> None:
-        weights, mass = attention_weights(q, k, sink.column(q), visible)
+        weights, mass = sink_weights(q, k, sink, visible)
         behind = max(1, n)
         heads.append(
             {
@@ -218,12 +219,13 @@ def head_measures(m: Measures) -> dict[str, Any]:
 def last_query(model: GPTNeoX, ids_BT: Tensor) -> dict[str, Tensor]:
     """Attention of the last query of a long input: to position 0, to the prefix, to the column; each [L, H]."""
     T, n = ids_BT.shape[1], max(1, len(model.prefix_ids))
-    visible = torch.ones(1, T, dtype=torch.bool, device=ids_BT.device)
+    positions = torch.arange(T, device=ids_BT.device)
+    visible = visible_keys(positions[-1:, None], positions, model.windows[0], model.pinned)
     found: list[dict[str, Tensor]] = []
 
     def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> None:
         q = q[:, :, -1:]
-        weights, mass = attention_weights(q, k, sink.column(q), visible)
+        weights, mass = sink_weights(q, k, sink, visible)
         found.append(
             {
                 "first": weights[:, :, 0, 0].mean(0),
@@ -242,13 +244,14 @@ def average_logits(model: GPTNeoX, ids_BT: Tensor) -> tuple[Tensor, Tensor | Non
     As in figures 2 and 7 of StreamingLLM; above the diagonal, where nothing is seen, stands nan.
     """
     T = ids_BT.shape[1]
-    hidden = torch.ones(T, T, dtype=torch.bool, device=ids_BT.device).triu(1)
+    positions = torch.arange(T, device=ids_BT.device)
+    visible = visible_keys(positions[:, None], positions, model.windows[0], model.pinned)
     logits, columns = [], []
 
     def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> None:
         scaled = (q.float() @ k.float().mT).mean(0) * q.shape[-1] ** -0.5
-        logits.append(scaled.masked_fill(hidden, float("nan")).cpu())
-        column = sink.column(q)
+        logits.append(scaled.masked_fill(~visible, float("nan")).cpu())
+        column = sink.column(q, visible.sum(-1))
         if column is not None:
             columns.append(column.logit.float().expand(q.shape[:3]).mean(0).cpu())
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sinkpretrain import sinks
-from sinkpretrain.attention import causal_attention, rope_tables, rotate
+from sinkpretrain.attention import causal_attention, rope_tables, rotate, visible_keys, weighed_attention
 from sinkpretrain.config import ModelConfig, SinkConfig
 from sinkpretrain.errors import UserError
 from sinkpretrain.language import Attend
@@ -34,8 +34,9 @@ class Attention(nn.Module):
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # [B, H, T, D]
             for part in self.qkv(x_BTC).chunk(3, dim=-1)
         )
-        o_BHTD = attend(self.layer, q, k, v, self.sink)
-        mixed: Tensor = self.out(o_BHTD.to(v.dtype).transpose(1, 2).reshape(B, T, C))
+        o_BHTD = attend(self.layer, q, k, self.sink.values(x_BTC, v), self.sink)
+        o_BHTD = self.sink.output(x_BTC, o_BHTD.to(v.dtype))
+        mixed: Tensor = self.out(o_BHTD.transpose(1, 2).reshape(B, T, C))
         return mixed
 
 
@@ -113,21 +114,44 @@ class GPTNeoX(nn.Module):
         return normed
 
     def causal(self, length: int, device: torch.device) -> Attend:
-        """Causal attention over positions 0 .. length - 1, as in training.
+        """Attention over positions 0 .. length - 1, as in training: causal, within the window if there is one.
 
         Made once per length and device: compiled code takes its rotary tables as given instead of computing them anew
         in every layer, and recognises the function.
         """
-        if (length, device) in self._causal:
-            return self._causal[length, device]
-        with torch.inference_mode(False):  # kept for later, when gradients may be wanted
-            cos, sin = self.rope(torch.arange(length, device=device))
+        if (length, device) not in self._causal:
+            with torch.inference_mode(False):  # kept for later, when gradients may be wanted
+                positions = torch.arange(length, device=device)
+                windowed = 0 < self.config.window < length - 1
+                self._causal[length, device] = self._attend(positions, self._visible(positions) if windowed else None)
+        return self._causal[length, device]
+
+    def within_documents(self, ids_BT: Tensor, end: int) -> Attend:
+        """As ``causal``, but no query sees past the token ``end`` that closes an earlier document.
+
+        The prefix stays visible to every document. Positions go on counting through a sample: among a document's
+        tokens rotary positions are relative, so they need no new start.
+        """
+        positions = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        ends_BT = (ids_BT == end).int()
+        document_BT = ends_BT.cumsum(1) - ends_BT  # the closing token is its document's last
+        own = document_BT[:, :, None] == document_BT[:, None, :]
+        mask = self._visible(positions) & (own | (positions < len(self.prefix_ids)))
+        return self._attend(positions, mask[:, None])
+
+    def _visible(self, positions_T: Tensor) -> Tensor:
+        return visible_keys(positions_T[:, None], positions_T, self.windows[0], self.pinned)
+
+    def _attend(self, positions_T: Tensor, mask: Tensor | None) -> Attend:
+        cos, sin = self.rope(positions_T)
+        seen = positions_T + 1 if mask is None else mask.sum(-1)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> Tensor:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            return causal_attention(q, k, v, sink.column(q))
+            if sink.weigher is not None:
+                return weighed_attention(q, k, v, sink.weigher, mask)
+            return causal_attention(q, k, v, sink.column(q, seen), mask)
 
-        self._causal[length, device] = attend
         return attend
 
     slopes: Tensor | None = None
@@ -135,7 +159,11 @@ class GPTNeoX(nn.Module):
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        return (None,) * self.config.n_layer
+        return (self.config.window + 1 if self.config.window else None,) * self.config.n_layer
+
+    @property
+    def pinned(self) -> int:
+        return self.config.window_sinks
 
     def rope(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         return rope_tables(positions_T, self.config.rotary_dim, self.config.rope_base)
@@ -158,6 +186,11 @@ class GPTNeoX(nn.Module):
                 module.weight.copy_(drawn)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     module.bias.zero_()
+        # Sinks draw from a generator of their own, so that every mechanism's other weights are the same.
+        generator.manual_seed(seed + 1)
+        for module in self.modules():
+            if isinstance(module, sinks.Mechanism):
+                module.init_weights(generator, small)
 
     def n_parameters(self, embeddings: bool = True) -> int:
         """Number of parameters; without embeddings leaves out both vocabulary matrices, as Pythia's table does."""

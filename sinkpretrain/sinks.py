@@ -1,13 +1,11 @@
 """Sink mechanisms: how attention gets somewhere to put mass that it does not need.
 
-A mechanism does two things: it may put tokens in front of every training sample (``prefix_ids``), and it may add one
-column to the softmax of every head (``column``). With a the scaled logits, l_i = logsumexp_j a_ij and o_i the ordinary
-output, a column with logit s_i and value v' gives
+Each is a subclass of ``Mechanism``, whose hooks ``sinkpretrain.mechanism`` explains. With a the scaled logits,
+l_i = logsumexp_j a_ij and o_i the ordinary output, all those that add a column to the softmax (logit s_i, value v') are
 
     out_i = g_i * o_i + (1 - g_i) * v',     g_i = sigmoid(l_i - s_i)
 
-The attention code (``sinkpretrain.attention``) applies that formula in training, streaming and decoding alike.
-A new mechanism is one subclass here and one small file under ``configs/sinks``; nothing else names it.
+A new mechanism is one class here and one small file under ``configs/sinks``; nothing else names it.
 """
 
 from __future__ import annotations
@@ -15,78 +13,32 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkpretrain.config import ModelConfig, SinkConfig
 from sinkpretrain.errors import UserError
-
-
-class Column(NamedTuple):
-    """One extra softmax column.
-
-    logit: s_i, fp32, broadcastable to [B, H, T].
-    value: v', [H, D], or None for zeros.
-    """
-
-    logit: Tensor
-    value: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The ids a prefix can be made of: text uses 0 .. text_size - 1, the rows up to padded_size are spare."""
-
-    text_size: int
-    padded_size: int
-
-
-class Mechanism(nn.Module):
-    """Base class and vanilla behaviour: no prefix, no column. One instance sits in every attention layer.
-
-    Subclasses take their options as keyword arguments after the model's configuration.
-    """
-
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    source: ClassVar[str]
-
-    def __init__(self, model: ModelConfig) -> None:
-        super().__init__()
-
-    @property
-    def adds_column(self) -> bool:
-        """Whether this mechanism's softmax has a column more than there are keys."""
-        return type(self).column is not Mechanism.column
-
-    def prefix_ids(self, vocabulary: Vocabulary) -> tuple[int, ...]:
-        """Ids in front of every training sample, and once in front of a stream."""
-        return ()
-
-    def column(self, q_BHTD: Tensor) -> Column | None:
-        """The extra column for these (rotated) queries, or None."""
-        return None
-
-
-REGISTRY: dict[str, type[Mechanism]] = {}
-
-
-def register(cls: type[Mechanism]) -> type[Mechanism]:
-    assert cls.name not in REGISTRY, cls.name
-    REGISTRY[cls.name] = cls
-    return cls
+from sinkpretrain.mechanism import REGISTRY as REGISTRY
+from sinkpretrain.mechanism import Column as Column
+from sinkpretrain.mechanism import Mechanism as Mechanism
+from sinkpretrain.mechanism import Vocabulary as Vocabulary
+from sinkpretrain.mechanism import register
 
 
 @register
 class Vanilla(Mechanism):
-    """Ordinary softmax attention: some heads learn to use the first text token as their sink."""
+    """Ordinary softmax attention: some heads learn to use the first text token as their sink.
+
+    When streaming, the first few tokens must be kept (x = 4 in a cache x+y) once the model has grown such sinks.
+    """
 
     name = "vanilla"
     summary = "ordinary softmax attention"
     source = "Vaswani et al. 2017"
+    kept = "the first tokens of the text: x = 4 in a cache x+y"
 
 
 @register
@@ -102,6 +54,7 @@ class SinkTokens(Mechanism):
     name = "sink_tokens"
     summary = "n learnable tokens in front of every sample"
     source = "Xiao et al. 2023, arXiv 2309.17453"
+    kept = "its tokens: n of the x in a cache x+y"
 
     def __init__(self, model: ModelConfig, n: int = 1) -> None:
         super().__init__(model)
@@ -124,12 +77,14 @@ class SinkTokens(Mechanism):
 class FixedFirstToken(Mechanism):
     """Every sample starts with one existing id, as with a BOS token: the control for "is it learnable that matters?".
 
+    When streaming it is an ordinary initial token: one of the x in a cache x+y.
     Source: Gu et al. (arXiv 2410.10781), "fixed bos token".
     """
 
     name = "fixed_first_token"
     summary = "an existing token in front of every sample (BOS control)"
     source = "Gu et al. 2024, arXiv 2410.10781"
+    kept = "its token: 1 of the x in a cache x+y"
 
     def __init__(self, model: ModelConfig, id: int = 0) -> None:
         super().__init__(model)
@@ -156,7 +111,7 @@ class ZeroSink(Mechanism):
     summary = "softmax-off-by-one: a constant zero column"
     source = "Miller 2023; Xiao et al. 2023, arXiv 2309.17453"
 
-    def column(self, q_BHTD: Tensor) -> Column | None:
+    def column(self, q_BHTD: Tensor, seen: Tensor) -> Column | None:
         return Column(torch.zeros((), dtype=torch.float32, device=q_BHTD.device))
 
 
@@ -178,13 +133,14 @@ class OffByC(Mechanism):
             raise UserError(f"sink.options.c must be positive, not {c}; use the mechanism vanilla for none.")
         self.logit = math.log(c)
 
-    def column(self, q_BHTD: Tensor) -> Column | None:
+    def column(self, q_BHTD: Tensor, seen: Tensor) -> Column | None:
         return Column(torch.full((), self.logit, dtype=torch.float32, device=q_BHTD.device))
 
 
 @register
 class SinkLogit(Mechanism):
-    """One learned logit s_h per head (or one per layer), value 0; starts at 0, as the zero sink.
+    """One learned logit s_h per head (or one per layer), value 0; drawn from N(0, init_std), by default exactly 0, as
+    the zero sink.
 
     Nothing is kept when streaming.
     Source: gpt-oss (OpenAI 2025, arXiv 2508.10925), learned bias in the softmax's denominator per head.
@@ -194,11 +150,18 @@ class SinkLogit(Mechanism):
     summary = "a learned logit per head in the softmax's denominator"
     source = "OpenAI 2025 (gpt-oss), arXiv 2508.10925"
 
-    def __init__(self, model: ModelConfig, per_head: bool = True) -> None:
+    def __init__(self, model: ModelConfig, per_head: bool = True, init_std: float = 0.0) -> None:
         super().__init__(model)
+        if init_std < 0:
+            raise UserError(f"sink.options.init_std must not be negative, but is {init_std}; 0 starts at zero.")
         self.s = nn.Parameter(torch.zeros(model.n_head if per_head else 1))
+        self.init_std = init_std
 
-    def column(self, q_BHTD: Tensor) -> Column | None:
+    def init_weights(self, generator: torch.Generator, std: float) -> None:
+        if self.init_std:
+            self.s.copy_(torch.empty(self.s.shape).normal_(0.0, self.init_std, generator=generator))
+
+    def column(self, q_BHTD: Tensor, seen: Tensor) -> Column | None:
         return Column(self.s.float()[:, None])  # [H or 1, 1]
 
 
@@ -219,7 +182,7 @@ class KeyBias(Mechanism):
         super().__init__(model)
         self.key = nn.Parameter(torch.zeros(model.n_head, model.head_dim))
 
-    def column(self, q_BHTD: Tensor) -> Column | None:
+    def column(self, q_BHTD: Tensor, seen: Tensor) -> Column | None:
         scale = q_BHTD.shape[-1] ** -0.5
         return Column(torch.einsum("bhtd,hd->bht", q_BHTD.float(), self.key.float()) * scale)
 
@@ -228,7 +191,8 @@ class KeyBias(Mechanism):
 class KeyValueBias(KeyBias):
     """A learned key k' and value v' per head: ``nn.MultiheadAttention(add_bias_kv=True)``.
 
-    Equal to what a trained sink token contributes at position 0 of every layer, without the token.
+    Equal to what a trained sink token contributes at position 0 of every layer, without the token. Nothing is kept when
+    streaming.
     Source: Sun et al. 2024 (arXiv 2402.17762), explicit attention biases; Gu et al. 2024, "KV biases".
     """
 
@@ -240,10 +204,194 @@ class KeyValueBias(KeyBias):
         super().__init__(model)
         self.value = nn.Parameter(torch.zeros(model.n_head, model.head_dim))
 
-    def column(self, q_BHTD: Tensor) -> Column | None:
-        column = super().column(q_BHTD)
+    def column(self, q_BHTD: Tensor, seen: Tensor) -> Column | None:
+        column = super().column(q_BHTD, seen)
         assert column is not None
         return Column(column.logit, self.value.float())
+
+
+@register
+class ValueBias(Mechanism):
+    """A learned v' per head added to the output, out_i = o_i + v': the control for the key and value bias, in which
+    attention gets a bias but nowhere to put mass. Starts at 0.
+
+    Nothing is kept when streaming.
+    Source: Gu et al. 2024 (arXiv 2410.10781), "V biases".
+    """
+
+    name = "value_bias"
+    summary = "a learned bias on each head's output (control)"
+    source = "Gu et al. 2024, arXiv 2410.10781"
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
+        self.value = nn.Parameter(torch.zeros(model.n_head, model.head_dim))
+
+    def output(self, x_BTC: Tensor, o_BHTD: Tensor) -> Tensor:
+        return o_BHTD + self.value.to(o_BHTD.dtype)[:, None]
+
+
+@register
+class StableMask(Mechanism):
+    """Pseudo-logits in the places that the causal mask hides, which take mass and give nothing back.
+
+    With m keys visible, hidden place j (counted from 0) holds the logit j * log(decay). The places from m on, without
+    end, are a column of value 0 whose logit is known in closed form, so that flash kernels can take it:
+
+        s_i = log sum_{j >= m} decay^j = m log(decay) - log(1 - decay)
+
+    Early queries can leave much mass there and later ones ever less, which also tells them where they stand. The
+    series without end is what the authors use for inference; in training at length T it differs from their finite one
+    by the factor 1 - decay^(T - m). ``decay`` defaults to their code's.
+    Nothing is kept when streaming: m is the number of keys in the cache, and the query's own.
+    Source: Yin et al. 2024, arXiv 2402.04779.
+    """
+
+    name = "stable_mask"
+    summary = "decaying pseudo-logits where the causal mask hides keys"
+    source = "Yin et al. 2024, arXiv 2402.04779"
+
+    def __init__(self, model: ModelConfig, decay: float = 0.995) -> None:
+        super().__init__(model)
+        if not 0 < decay < 1:
+            raise UserError(f"sink.options.decay must lie between 0 and 1, not at {decay}; 0.995 is usual.")
+        self.slope, self.start = math.log(decay), -math.log1p(-decay)
+
+    def column(self, q_BHTD: Tensor, seen: Tensor) -> Column | None:
+        return Column(seen.float() * self.slope + self.start)
+
+
+class Gate(nn.Module):
+    """sigmoid(W x), one number per head [B, H, T, 1] or per dimension [B, H, T, D], from the normed input."""
+
+    def __init__(self, model: ModelConfig, elementwise: bool) -> None:
+        super().__init__()
+        self.n_head = model.n_head
+        self.linear = nn.Linear(model.d_model, model.d_model if elementwise else model.n_head, bias=False)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        B, T, _ = x_BTC.shape
+        return torch.sigmoid(self.linear(x_BTC)).view(B, T, self.n_head, -1).transpose(1, 2)
+
+
+class Gated(Mechanism):
+    """What the two gates have in common. The matrix starts as the model's others do: every gate near one half."""
+
+    def __init__(self, model: ModelConfig, elementwise: bool = False) -> None:
+        super().__init__(model)
+        self.gate = Gate(model, elementwise)
+
+    def init_weights(self, generator: torch.Generator, std: float) -> None:
+        weight = self.gate.linear.weight
+        weight.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))
+
+
+@register
+class OutputGate(Gated):
+    """Attention's output times a gate read from the layer's normed input: out_i = sigmoid(W x_i) * o_i.
+
+    One gate per head (110,592 parameters at 160M), or per dimension with ``elementwise`` (7.08M). A head that has
+    nothing to say closes its gate instead of attending to a sink. Nothing is kept when streaming.
+    Source: Qiu et al. 2025 (Qwen), arXiv 2505.06708, position G1.
+    """
+
+    name = "output_gate"
+    summary = "a gate on each head's output, read from the normed input"
+    source = "Qiu et al. 2025 (Qwen), arXiv 2505.06708"
+
+    def output(self, x_BTC: Tensor, o_BHTD: Tensor) -> Tensor:
+        gated: Tensor = o_BHTD * self.gate(x_BTC)
+        return gated
+
+
+@register
+class ValueGate(Gated):
+    """Values times a gate read from the same token's normed input, before they are mixed: v_j' = sigmoid(W x_j) * v_j.
+
+    A token can make itself a harmless place for attention. Gated values are what a cache holds; nothing else is kept
+    when streaming.
+    Source: Qiu et al. 2025 (Qwen), arXiv 2505.06708, position G2.
+    """
+
+    name = "value_gate"
+    summary = "a gate on each head's values, read from the normed input"
+    source = "Qiu et al. 2025 (Qwen), arXiv 2505.06708"
+
+    def values(self, x_BTC: Tensor, v_BHTD: Tensor) -> Tensor:
+        gated: Tensor = v_BHTD * self.gate(x_BTC)
+        return gated
+
+
+@register
+class SigmoidAttention(Mechanism):
+    """No normalisation: weights sigmoid(a_ij + b), each key by itself, b = -log(context) (``log_n``) or 0.
+
+    Nothing is kept when streaming; b stays that of the trained context. Takes the explicit path in training
+    (``attention.weighed_attention`` states its cost).
+    Source: Ramapuram et al. 2024, arXiv 2409.04431, with b = -log n; Gu et al. 2024, arXiv 2410.10781, with b = 0.
+    """
+
+    name = "sigmoid_attention"
+    summary = "unnormalised sigmoid weights instead of a softmax"
+    source = "Ramapuram et al. 2024, arXiv 2409.04431"
+
+    def __init__(self, model: ModelConfig, log_n: bool = True) -> None:
+        super().__init__(model)
+        self.bias = -math.log(model.context) if log_n else 0.0
+
+    def weigh(self, logits_BHTS: Tensor, visible: Tensor) -> Tensor:
+        return torch.sigmoid(logits_BHTS + self.bias).masked_fill(~visible, 0.0)
+
+
+@register
+class Softpick(Mechanism):
+    """relu(e^a_ij - 1) / (sum_j |e^a_ij - 1| + 1e-8): a rectified softmax whose weights may all be 0.
+
+    Nothing is kept when streaming. Takes the explicit path in training (``attention.weighed_attention``).
+    Source: Zuhri et al. 2025, arXiv 2504.20966; numerator and denominator scaled by e^-max(a, 0) as there.
+    """
+
+    name = "softpick"
+    summary = "rectified softmax: weights may all be zero"
+    source = "Zuhri et al. 2025, arXiv 2504.20966"
+
+    def weigh(self, logits_BHTS: Tensor, visible: Tensor) -> Tensor:
+        # A hidden key must be 0 in the sum, not e^-inf - 1: its logit is set to 0.
+        logits = logits_BHTS.masked_fill(~visible, 0.0)
+        # From 0 on up, so that no row overflows; a common factor of both sides, so that it needs no gradient.
+        top = logits.detach().amax(-1, keepdim=True).clamp_min(0.0)
+        lifted = torch.exp(logits - top) - torch.exp(-top)
+        return F.relu(lifted) / (lifted.abs().sum(-1, keepdim=True) + 1e-8)
+
+
+@register
+class ClippedSoftmax(Mechanism):
+    """clip((zeta - gamma) * softmax(a)_ij + gamma, 0, 1) with gamma = -alpha / context: weights below about
+    alpha / context become exactly 0, and with zeta above 1 large ones exactly 1.
+
+    Nothing is kept when streaming; gamma stays that of the trained context. Takes the explicit path in training
+    (``attention.weighed_attention``). ``alpha`` defaults to 4, where the paper finds values of 2 to 4 robust.
+    Source: Bondarenko et al. 2023, arXiv 2306.12929, section 4.1.
+    """
+
+    name = "clipped_softmax"
+    summary = "softmax stretched and clipped, so that weights can be exactly zero"
+    source = "Bondarenko et al. 2023, arXiv 2306.12929"
+
+    def __init__(self, model: ModelConfig, alpha: float = 4.0, zeta: float = 1.0) -> None:
+        super().__init__(model)
+        if not 0 <= alpha < model.context or zeta < 1:
+            raise UserError(
+                f"sink.options.alpha {alpha} and zeta {zeta} clip in the wrong direction; alpha must be at least 0 and "
+                f"below the context ({model.context}), zeta at least 1."
+            )
+        if alpha == 0 and zeta == 1:
+            raise UserError("sink.options.alpha 0 and zeta 1 clip nothing; use the mechanism vanilla for that.")
+        self.gamma, self.zeta = -alpha / model.context, zeta
+
+    def weigh(self, logits_BHTS: Tensor, visible: Tensor) -> Tensor:
+        p = logits_BHTS.masked_fill(~visible, float("-inf")).softmax(-1)
+        return ((self.zeta - self.gamma) * p + self.gamma).clamp(0.0, 1.0).masked_fill(~visible, 0.0)
 
 
 def mechanism_class(config: SinkConfig) -> type[Mechanism]:

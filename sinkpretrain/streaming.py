@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,9 @@ from sinkpretrain.attention import (
     merge_column,
     merge_keys,
     rotate,
-    spread_heads,
+    scaled_logits,
+    visible_keys,
+    weighed_keys,
     weighted_values,
 )
 from sinkpretrain.errors import UserError
@@ -158,10 +160,14 @@ class BandedAttention:
         new_start_S = t_T[t_T < x]
         rope_start_k = self.model.rope(new_start_S)
         n_new = len(new_start_S)
-        slopes = self.model.slopes
-        # Among recent keys, places differ as they do in the text.
-        band = {w: _bias(t_T[:, None] - band_S, slopes, min(y + 1, w or y + 1)) for w in set(self.model.windows)}
-        start = {w: _bias(place_T[:, None] - start_S, slopes, w) for w in set(self.model.windows)}
+        # Where the band's keys stand for each query; among them, places differ as they do in the text.
+        band_TS = band_S - (t_T - place_T)[:, None]
+        recent_TS = t_T[:, None] - band_S <= y
+        groups = {}
+        for window in set(self.model.windows):
+            band = Seen.of(self.model, window, place_T[:, None], band_TS, recent_TS)
+            start = Seen.of(self.model, window, place_T[:, None], start_S)
+            groups[window] = (band, start, band.visible.sum(-1) + start.visible.sum(-1))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> Tensor:
             old = self.layers[layer] or LayerCache.empty(k)
@@ -171,27 +177,39 @@ class BandedAttention:
             band_v = torch.cat((old.band_v, v[:, :, n_new:]), dim=2)
             keep = max(0, band_k.shape[2] - y)
             self.layers[layer] = LayerCache(start_k, start_v, band_k[:, :, keep:].clone(), band_v[:, :, keep:].clone())
-            window = self.model.windows[layer]
-            q_place = rotate(q, *rope_place_q)
+            band, start, seen_T = groups[self.model.windows[layer]]
+            q_place, q_band = rotate(q, *rope_place_q), rotate(q, *rope_band_q)
+            band_k = rotate(band_k, *rope_band_k)
+            start_logits = scaled_logits(q_place, start_k)
+            if sink.weigher is not None:
+                logits = [start_logits, scaled_logits(q_band, band_k)]
+                return weighed_keys(logits, [start.visible, band.visible], [start_v, band_v], sink.weigher)
             if band_k.shape[2]:
-                out, lse = masked_attention(rotate(q, *rope_band_q), rotate(band_k, *rope_band_k), band_v, band[window])
+                out, lse = masked_attention(q_band, band_k, band_v, band.bias)
             else:
                 out, lse = torch.zeros_like(q), torch.full(q.shape[:3], float("-inf"), device=device)
             if start_k.shape[2]:
-                keys = spread_heads(start_k, q.shape[1]).float()
-                logits = (q_place.float() @ keys.mT) * q.shape[-1] ** -0.5 + start[window]
-                out, lse = merge_keys(out, lse, logits, start_v)
-            return merge_column(out, lse, None if self.drop_column else sink.column(q_place))
+                out, lse = merge_keys(out, lse, start_logits + start.bias, start_v)
+            return merge_column(out, lse, None if self.drop_column else sink.column(q_place, seen_T))
 
         return attend
 
 
-def _bias(distance_TS: Tensor, slopes_H: Tensor | None, reach: int | None) -> Tensor:
-    """``distance_bias`` where a query sees itself and what is less than ``reach`` before it; None: everything."""
-    visible_TS = distance_TS >= 0
-    if reach is not None:
-        visible_TS = visible_TS & (distance_TS < reach)
-    return distance_bias(distance_TS, slopes_H, visible_TS)
+class Seen(NamedTuple):
+    """What queries see of some keys: bool [T, S], and the same as a bias on their logits, [T, S] or [H, T, S]."""
+
+    visible: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(
+        cls, model: LanguageModel, window: int | None, query: Tensor, key: Tensor, allowed: Tensor | None = None
+    ) -> Seen:
+        """By the places of queries [T, 1] and keys ([S] or [T, S]) in a layer with this window, where ``allowed``."""
+        visible = visible_keys(query, key, window, model.pinned)
+        if allowed is not None:
+            visible = visible & allowed
+        return cls(visible, distance_bias(query - key, model.slopes, visible))
 
 
 @dataclass
@@ -239,9 +257,9 @@ def token_loop_nll(
         slots = torch.arange(k.shape[2], device=device)
         places = slots if positions == "in-cache" else text_S
         q_place, k_place = rotate(q, *model.rope(places[-1:])), rotate(k, *model.rope(places))
-        column = None if drop_column else sink.column(q_place)
-        bias = _bias((places[-1] - places)[None], model.slopes, model.windows[layer])
-        weights, mass = attention_weights(q_place, k_place, column, bias)
+        seen = Seen.of(model, model.windows[layer], places[-1:, None], places)
+        column = None if drop_column else sink.column(q_place, seen.visible.sum(-1))
+        weights, mass = attention_weights(q_place, k_place, column, seen.bias, sink.weigher)
         out = weighted_values(weights, mass, v, column)
         if k.shape[2] > cache.size:
             keep = torch.cat((slots[: cache.start], slots[cache.start + 1 :]))

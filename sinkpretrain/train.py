@@ -27,7 +27,7 @@ from sinkpretrain import metrics, sinks
 from sinkpretrain.checkpoint import AtomicCheckpointIO, newest_checkpoint
 from sinkpretrain.config import RunConfig, load_yaml, save_yaml, to_dict
 from sinkpretrain.data import Batch, Samples, Stream, Tokens, open_data, training_order
-from sinkpretrain.errors import UserError
+from sinkpretrain.errors import SettingHasNoEffect, UserError
 from sinkpretrain.files import read_json, sha256_file, write_atomically, write_json
 from sinkpretrain.lit import PretrainModule
 from sinkpretrain.load import step_of
@@ -145,7 +145,30 @@ def resolve(config: RunConfig, tokens: Tokens) -> RunConfig:
     if config.training.micro_batch < 1 or config.training.steps < 1:
         raise UserError("training.micro_batch and training.steps must be at least 1.")
     Samples(tokens.train, model, ())  # large enough?
-    return dataclasses.replace(config, model=model, name=name, out=config.out or f"runs/{name}")
+    data = dataclasses.replace(config.data, end_of_document=_end_of_document(config, tokens))
+    return dataclasses.replace(config, model=model, data=data, name=name, out=config.out or f"runs/{name}")
+
+
+def _end_of_document(config: RunConfig, tokens: Tokens) -> int | None:
+    """The id between documents, where the run needs one; raises UserError if nothing names it."""
+    given = config.data.end_of_document
+    if not config.data.document_mask:
+        if given is not None:
+            message = "data.end_of_document has no effect without data.document_mask."
+            warnings.warn(message, SettingHasNoEffect, stacklevel=2)
+        return given
+    known = tokens.manifest.eod_id if tokens.manifest else None
+    if given is None and known is None:
+        raise UserError(
+            f"data.document_mask needs to know which token ends a document, and {config.data.path} has no manifest "
+            "that says so; give data.end_of_document (0 for Pythia's files)."
+        )
+    if given is not None and known not in (None, given):
+        raise UserError(
+            f"data.end_of_document is {given}, but {config.data.path} was prepared with {known} between its documents; "
+            "leave the setting out."
+        )
+    return known if given is None else given
 
 
 def accelerator(config: RunConfig) -> str:

@@ -10,6 +10,9 @@ from sinkpretrain.model import GPTNeoX
 
 TINY = ModelConfig(n_layer=3, d_model=64, n_head=4, vocab_size=128, tokenizer_size=96, context=64)
 
+# Models this small gain nothing from a second thread, and lose much where cores are shared.
+torch.set_num_threads(1)
+
 MECHANISMS = {
     "vanilla": SinkConfig("vanilla"),
     "sink_tokens_1": SinkConfig("sink_tokens", {"n": 1}),
@@ -20,7 +23,16 @@ MECHANISMS = {
     "off_by_c": SinkConfig("off_by_c", {"c": 3.0}),
     "sink_logit": SinkConfig("sink_logit"),
     "key_bias": SinkConfig("key_bias"),
+    "sink_logit_normal": SinkConfig("sink_logit", {"per_head": False, "init_std": 1.0}),
     "key_value_bias": SinkConfig("key_value_bias"),
+    "value_bias": SinkConfig("value_bias"),
+    "stable_mask": SinkConfig("stable_mask", {"decay": 0.9}),
+    "output_gate": SinkConfig("output_gate"),
+    "output_gate_elementwise": SinkConfig("output_gate", {"elementwise": True}),
+    "value_gate": SinkConfig("value_gate"),
+    "sigmoid_attention": SinkConfig("sigmoid_attention"),
+    "softpick": SinkConfig("softpick"),
+    "clipped_softmax": SinkConfig("clipped_softmax", {"zeta": 1.05}),
 }
 
 

@@ -11,7 +11,7 @@ from conftest import MECHANISMS, TINY, peaked
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from sinkpretrain import export as export_module
-from sinkpretrain import hf, sinks
+from sinkpretrain import hf
 from sinkpretrain.config import ModelConfig, SinkConfig
 from sinkpretrain.errors import UserError
 from sinkpretrain.export import TOLERANCE, Exported, VerificationError, export
@@ -20,7 +20,7 @@ from sinkpretrain.model import GPTNeoX
 
 SIZE = 300
 CONFIG = ModelConfig(n_layer=2, d_model=32, n_head=2, vocab_size=384, tokenizer_size=SIZE, context=64)
-PLAIN = [name for name, sink in MECHANISMS.items() if not sinks.build(sink, TINY).adds_column]
+PLAIN = [name for name, sink in MECHANISMS.items() if export_module._only_prepends(sink, TINY)]
 COLUMNS = [name for name in MECHANISMS if name not in PLAIN]
 PREFIX = {
     "vanilla": [],
@@ -197,7 +197,9 @@ def test_first_tokens_that_look_like_template_syntax(piece: str, tmp_path: Path,
 @pytest.mark.parametrize("name", COLUMNS)
 def test_what_changes_attention_is_refused(name: str, tmp_path: Path, tokenizer_file: Path) -> None:
     run = make_run(tmp_path / "run", MECHANISMS[name], tokenizer_file)
-    with pytest.raises(UserError, match=rf"{name} changes .* vanilla, sink_tokens, fixed_first_token\."):
+    with pytest.raises(
+        UserError, match=rf"{MECHANISMS[name].mechanism} changes .* vanilla, sink_tokens, fixed_first_token\."
+    ):
         export(run, tmp_path / "hf")
     assert left_over(tmp_path) == []
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY, peaked
 
-from sinkpretrain.attention import attention_weights, rotate
+from sinkpretrain.attention import rotate, sink_weights
 from sinkpretrain.config import SinkConfig
 from sinkpretrain.measures import (
     THRESHOLDS,
@@ -99,7 +99,7 @@ def test_every_measure_against_loops_over_single_numbers(mechanism: SinkConfig) 
     m = measure(net, ids, batch=1)
     assert m.n_prefix == n
     for layer, (q, k, v, sink) in enumerate(seen):
-        column = sink.column(q)
+        column = sink.column(q, torch.arange(1, T + 1))
         logit = column.logit.expand(q.shape[:3]).detach().double().numpy() if column else None
         q, k, v = (x.detach().double().numpy() for x in (q, k, v))
         for b in range(2):
@@ -109,7 +109,11 @@ def test_every_measure_against_loops_over_single_numbers(mechanism: SinkConfig) 
                     scores = [math.exp(q[b, h, i] @ k[b, h, j] / math.sqrt(TINY.head_dim)) for j in range(i + 1)]
                     extra = math.exp(logit[b, h, i]) if logit is not None else 0.0
                     total = sum(scores) + extra
-                    rows.append([s / total for s in scores])
+                    if sink.weigher is None:
+                        rows.append([s / total for s in scores])
+                    else:
+                        row = torch.tensor(scores).log()[None, None, None]
+                        rows.append(sink.weigher(row, torch.ones(1, i + 1).bool()).flatten().tolist())
                     columns.append(extra / total)
 
                 def close(values: torch.Tensor, expected: float, b=b, h=h, layer=layer) -> None:  # type: ignore[no-untyped-def]
@@ -122,7 +126,8 @@ def test_every_measure_against_loops_over_single_numbers(mechanism: SinkConfig) 
                 close(m.prefix, sum(sum(r[:behind]) for r in rows[behind:]) / (T - behind))
                 close(m.column, sum(columns) / T)
                 outcomes = [[*r, c] for r, c in zip(rows, columns, strict=True)]
-                close(m.entropy, sum(-p * math.log(p) for r in outcomes for p in r if p > 0) / T)
+                shares = [p / sum(r) for r in outcomes for p in r if p > 0]
+                close(m.entropy, sum(-p * math.log(p) for p in shares) / T)
                 norms = [math.sqrt(v[b, h, j] @ v[b, h, j]) for j in range(T)]
                 close(m.value_norm, norms[0] / (sum(norms[1:]) / (T - 1)))
 
@@ -172,9 +177,10 @@ def test_rows_and_column_sum_to_one(mechanism: SinkConfig) -> None:
     layers = []
 
     def see(layer, q, k, v, sink):  # type: ignore[no-untyped-def]
-        weights, mass = attention_weights(q, k, sink.column(q), visible)
+        weights, mass = sink_weights(q, k, sink, visible)
         layers.append(layer)
-        assert torch.allclose(weights.sum(-1) + mass, torch.ones_like(mass), atol=1e-5)
+        if sink.weigher is None:
+            assert torch.allclose(weights.sum(-1) + mass, torch.ones_like(mass), atol=1e-5)
         assert (mass > 0).all() == net.adds_column
 
     observe(net, ids, see)
@@ -254,7 +260,7 @@ def test_last_query_is_the_last_row(mechanism: SinkConfig) -> None:
     rows, masses = [], []
 
     def see(layer, q, k, v, sink):  # type: ignore[no-untyped-def]
-        weights, mass = attention_weights(q, k, sink.column(q), torch.ones(32, 32, dtype=torch.bool).tril())
+        weights, mass = sink_weights(q, k, sink, torch.ones(32, 32, dtype=torch.bool).tril())
         rows.append(weights[:, :, -1].mean(0))
         masses.append(mass[:, :, -1].mean(0))
 

@@ -91,10 +91,10 @@ MUTATIONS: dict[str, Callable[[GPTNeoX, pytest.MonkeyPatch], object]] = {
     "rotary base": lambda net, mp: mp.setattr(GPTNeoX, "rope", lambda self, p: attention.rope_tables(p, 4, 500.0)),
     "q and k swapped": lambda net, mp: _swap_qk(net),
     "scale doubled": lambda net, mp: mp.setattr(
-        model, "causal_attention", lambda q, k, v, c: attention.causal_attention(2 * q, k, v, c)
+        model, "causal_attention", lambda q, k, v, c, *_: attention.causal_attention(2 * q, k, v, c)
     ),
     "mask off": lambda net, mp: mp.setattr(
-        model, "causal_attention", lambda q, k, v, c: F.scaled_dot_product_attention(q, k, v)
+        model, "causal_attention", lambda q, k, v, *_: F.scaled_dot_product_attention(q, k, v)
     ),
     "residual flipped": lambda net, mp: [setattr(b, "parallel", False) for b in net.blocks],
     "tanh gelu": lambda net, mp: mp.setattr(
@@ -104,7 +104,7 @@ MUTATIONS: dict[str, Callable[[GPTNeoX, pytest.MonkeyPatch], object]] = {
     "zero sink on": lambda net, mp: mp.setattr(
         model,
         "causal_attention",
-        lambda q, k, v, c: attention.causal_attention(q, k, v, attention.Column(torch.zeros(()))),
+        lambda q, k, v, c, *_: attention.causal_attention(q, k, v, attention.Column(torch.zeros(()))),
     ),
 }
 

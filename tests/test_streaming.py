@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,30 @@ def test_blocks_equal_the_token_loop(net: GPTNeoX, cache: str) -> None:
             continue
         got = stream_nll(net, ids, Cache.parse(cache), block=block)
         assert np.abs(got - want).max() < 1e-4, block
+
+
+WINDOW = replace(TINY, window=9, window_sinks=2)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_model_trained_in_a_window_streams(mechanism: SinkConfig, cache: str) -> None:
+    """Its window applies to slots in the cache, so that a far sink is near enough to be seen."""
+    net = peaked(GPTNeoX(WINDOW, mechanism, seed=4)).eval()
+    ids = text(90)
+    want = token_loop_nll(net, ids, Cache.parse(cache))
+    for block in (7, 64):
+        assert np.abs(stream_nll(net, ids, Cache.parse(cache), block=block) - want).max() < 1e-4
+
+
+def test_a_window_is_part_of_the_model(mechanism: SinkConfig) -> None:
+    net = peaked(GPTNeoX(WINDOW, mechanism, seed=4)).eval()
+    ids = text(60)
+    sequence = torch.tensor([[*net.prefix_ids, *ids]])
+    logits = net(sequence)[0, len(net.prefix_ids) : -1]
+    want = F.cross_entropy(logits, torch.from_numpy(ids[1:]), reduction="none").detach().numpy()
+    assert np.abs(dense_nll(net, ids, block=17) - want).max() < 1e-4
+    full = peaked(GPTNeoX(TINY, mechanism, seed=4)).eval()
+    assert np.abs(dense_nll(full, ids, block=17) - want).max() > 1e-2
 
 
 def test_dropped_column(mechanism: SinkConfig) -> None:

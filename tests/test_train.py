@@ -27,11 +27,12 @@ from sinkpretrain.config import (
     TrainingConfig,
     save_yaml,
 )
-from sinkpretrain.errors import UserError
+from sinkpretrain.data import open_data, to_batch
+from sinkpretrain.errors import SettingHasNoEffect, UserError
 from sinkpretrain.lit import learning_rate, parameter_groups
 from sinkpretrain.load import load_model
 from sinkpretrain.model import GPTNeoX
-from sinkpretrain.train import train
+from sinkpretrain.train import resolve, train
 
 STEPS = 12
 
@@ -365,3 +366,55 @@ def test_offline_wandb_has_one_id(data: Path, tmp_path: Path, monkeypatch) -> No
     train(offline)
     identity = json.loads((run / "run.json").read_text())["wandb_id"]
     assert [p for p in (run / "wandb").iterdir() if p.name.endswith(identity)]
+
+
+# --- masks ----------------------------------------------------------------------------------------------------------
+
+
+def masked(data: Path, out: Path, **model: int) -> RunConfig:
+    base = config(data, out)
+    return dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, **model),
+        data=dataclasses.replace(base.data, document_mask=True),
+    )
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_document_mask_is_what_training_sees(compile: bool, data: Path, tmp_path: Path) -> None:
+    """The loss of a batch with several documents: as documents by themselves, each behind the sink, would have it."""
+    settings = resolve(masked(data, tmp_path), open_data(DataConfig(path=str(data))))
+    settings = dataclasses.replace(settings, training=dataclasses.replace(settings.training, compile=compile))
+    module = lit.PretrainModule(settings)
+    end = settings.data.end_of_document
+    assert end is not None
+    rows = torch.randint(1, 40, (2, 65)) + end
+    rows[:, 20] = rows[:, 44] = end
+    batch = to_batch(rows.numpy(), module.model.prefix_ids)
+    hidden = module.model.hidden(batch.ids, module.model.within_documents(batch.ids, end))
+    want = torch.nn.functional.cross_entropy(module.model.head(hidden).flatten(0, 1), batch.labels.flatten())
+    plain = torch.nn.functional.cross_entropy(module.model(batch.ids).flatten(0, 1), batch.labels.flatten())
+    got = module.loss(batch.ids, batch.labels)
+    assert got.item() == pytest.approx(want.item(), abs=1e-5)
+    assert abs(got.item() - plain.item()) > 1e-5
+
+
+def test_masked_training_runs_and_says_so_in_its_weights(data: Path, tmp_path: Path) -> None:
+    train(masked(data, tmp_path / "run", window=16, window_sinks=1))
+    loaded = load_model(tmp_path / "run").model.config
+    assert (loaded.window, loaded.window_sinks) == (16, 1)
+
+
+def test_document_mask_needs_to_know_the_end(data: Path, tmp_path: Path) -> None:
+    base = masked(data, tmp_path)
+    with pytest.raises(UserError, match="leave the setting out"):
+        train(dataclasses.replace(base, data=dataclasses.replace(base.data, end_of_document=17)))
+    bare = dataclasses.replace(base.data, path=f"{data}/train")
+    model = dataclasses.replace(base.model, tokenizer_size=300)
+    with pytest.raises(UserError, match=r"give data\.end_of_document"):
+        train(dataclasses.replace(base, data=bare, model=model))
+    with pytest.warns(SettingHasNoEffect, match="no effect without"):
+        resolve(
+            dataclasses.replace(base, data=DataConfig(path=str(data), batch_size=8, end_of_document=0)),
+            open_data(DataConfig(path=str(data))),
+        )
