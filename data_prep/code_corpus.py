@@ -1,4 +1,4 @@
-"""Source code as training text: Python packages and a kernel tree, without anything that Python's standard library holds.
+"""Source code as training text: Python packages and a kernel tree, without anything of Python's standard library.
 
 The models that come with the project were trained on such text and are streamed over the standard library, so none of
 it, nor a copy of it, may be among their training text. Documents come out shuffled, so that any part of the file is a
