@@ -16,15 +16,18 @@ import torch
 from torch import Tensor
 
 from sinkpretrain import sinks
-from sinkpretrain.attention import merge_column, rotate
+from sinkpretrain.attention import distance_bias, merge_column, rotate
 from sinkpretrain.errors import UserError
-from sinkpretrain.model import Attend, GPTNeoX
+from sinkpretrain.language import Attend, LanguageModel
 from sinkpretrain.ring import LayerBuffer, Layout, Places
 from sinkpretrain.sampling import NOT_FINITE, Sampler
 from sinkpretrain.streaming import Cache
 
 BLOCK = 128
 """Most tokens per forward; longer texts are read in several."""
+
+ALL = torch.iinfo(torch.int64).max
+"""The window of a layer that has none."""
 
 
 class Engine:
@@ -41,7 +44,7 @@ class Engine:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: GPTNeoX, cache: Cache, *, drop_column: bool = False, block: int = BLOCK) -> None:
+    def __init__(self, model: LanguageModel, cache: Cache, *, drop_column: bool = False, block: int = BLOCK) -> None:
         self.model, self.cache, self.drop_column = model, cache, drop_column
         self.layout = Layout(cache, block)
         self.device = model.embed.weight.device
@@ -84,7 +87,7 @@ class Engine:
 
     def _forward(self, tokens_T: Tensor) -> None:
         places = Places(self.layout, self.count_1, len(tokens_T))
-        hidden_BTC = self.model.hidden(tokens_T[None], self._attend(places))
+        hidden_BTC = self.model.hidden(tokens_T[None], self._attend(places), places.place)
         self.logits_V.copy_(self.model.head(hidden_BTC[0, -1]))
         self._ids_S.index_copy_(0, places.slot, tokens_T)
         self.cached_S.copy_(torch.where(places.visible[-1], self._ids_S, -1))
@@ -92,11 +95,15 @@ class Engine:
 
     def _attend(self, places: Places) -> Attend:
         """The attention function: ring attention as plain operations, for any number of tokens."""
-        x, ring = self.cache.start, self.layout.ring
+        x, ring, slopes = self.cache.start, self.layout.ring, self.model.slopes
         rope_k, rope_place, rope_same, rope_before = (
             (self._rope[0][at], self._rope[1][at])
             for at in (places.key, places.place, places.index, places.index + ring)
         )
+        biases = {
+            window: distance_bias(places.distance, slopes, places.visible & (places.distance < (window or ALL)))
+            for window in set(self.model.windows)
+        }
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> Tensor:
             buffer = self._buffer(layer, k, v)
@@ -108,7 +115,7 @@ class Engine:
             from_same = scaled_logits(rotate(q, *rope_same), ring_k)
             from_before = scaled_logits(rotate(q, *rope_before), ring_k)
             logits = torch.cat((from_start, torch.where(places.older, from_before, from_same)), dim=-1)
-            logits = logits.masked_fill(~places.visible, float("-inf"))
+            logits = logits + biases[self.model.windows[layer]]
             lse = torch.logsumexp(logits, dim=-1)
             out = mix(torch.exp(logits - lse.unsqueeze(-1)), buffer.v)
             return merge_column(out, lse, None if self.drop_column else sink.column(q_place))

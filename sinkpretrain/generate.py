@@ -21,8 +21,8 @@ from sinkpretrain.decode import Engine, TokenStream
 from sinkpretrain.device import choose_device, peak_memory
 from sinkpretrain.errors import UserError
 from sinkpretrain.evaluate import DTYPES
+from sinkpretrain.language import LanguageModel
 from sinkpretrain.load import LoadedModel, load_model
-from sinkpretrain.model import GPTNeoX
 from sinkpretrain.progress import ProgressBar
 from sinkpretrain.sampling import Sampler, Sampling
 from sinkpretrain.streaming import Cache
@@ -141,8 +141,8 @@ def generate(
 
     Args:
         model: run directory, checkpoint or weights file, or Hugging Face folder.
-        cache: x+y, for example 4+1020: x initial positions (sink tokens included), y recent ones. By default 4 and as
-            many as make 1,024 in all, or the model's context if that is less.
+        cache: x+y, for example 4+1020: x initial positions (sink tokens included), y recent ones. By default that, or
+            less for a model with a shorter context.
         prompt: text to go on from.
         prompt_file: file with that text.
         max_tokens: end after so many tokens (of each answer, with --interactive); 0 is endless.
@@ -173,12 +173,12 @@ def generate(
     if max_tokens < 0:
         raise UserError(f"--max-tokens must be 0 (endless) or more, not {max_tokens}.")
     where = choose_device(device)
-    loaded = load_model(model)
+    kind = DTYPES["bfloat16" if where.type == "cuda" else "float32"] if dtype == "auto" else DTYPES[dtype]
+    loaded = load_model(model, kind)
     codec = TextCodec(_tokenizer_name(tokenizer, loaded), loaded.model.prefix_ids)
     chosen = choose_cache(cache, loaded)
     text = read_prompt(prompt, prompt_file, interactive)
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
-    kind = DTYPES["bfloat16" if where.type == "cuda" else "float32"] if dtype == "auto" else DTYPES[dtype]
     net = loaded.model.to(where, kind)
     sampler = Sampler(sampling, forbidden(net, codec), torch.Generator(where).manual_seed(seed))
     engine = Engine(net, chosen)
@@ -242,9 +242,15 @@ def choose_cache(text: str, loaded: LoadedModel) -> Cache:
     context, sinks = loaded.model.config.context, len(loaded.model.prefix_ids)
     if not text:
         start = max(4, sinks)
-        return Cache(start, max(1, min(1024, context) - start))
+        return Cache(start, max(1, min(1024, context - 1) - start))
     cache = Cache.parse(text)
-    if cache.size > context:
+    learned = loaded.model.learned_positions
+    if learned is not None and cache.size >= learned:
+        raise UserError(
+            f"{loaded.name} has learned {learned} positions, too few for the cache {cache} and the token being read; "
+            f"x+y can be {learned - 1} at most."
+        )
+    if cache.size >= context:
         warnings.warn(
             f"the cache {cache} reaches beyond the {context} positions that {loaded.name} was made for.", stacklevel=2
         )
@@ -278,7 +284,7 @@ def first_ids(text: str, codec: TextCodec, loaded: LoadedModel) -> list[int]:
     return ids
 
 
-def forbidden(model: GPTNeoX, codec: TextCodec) -> torch.Tensor:
+def forbidden(model: LanguageModel, codec: TextCodec) -> torch.Tensor:
     """Ids that text cannot contain, bool [V]: spare rows of the vocabulary, sink tokens among them."""
     rows = model.head.weight.shape[0]
     if codec.size > rows:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, peaked
+from family_factory import MODELS, build, save
 from numpy.typing import NDArray
 
 from sinkpretrain.config import SinkConfig
 from sinkpretrain.decode import Engine, TokenStream
 from sinkpretrain.errors import UserError
+from sinkpretrain.load import load_model
 from sinkpretrain.model import GPTNeoX
 from sinkpretrain.sampling import Sampler, Sampling
 from sinkpretrain.streaming import Cache, stream_nll, token_loop_nll
@@ -41,6 +44,12 @@ def sampler(net: GPTNeoX, sampling: Sampling | None = None, seed: int = 0) -> Sa
 @pytest.fixture
 def net(mechanism: SinkConfig) -> GPTNeoX:
     return peaked(GPTNeoX(TINY, mechanism, seed=4)).eval()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    return {name: save(build(name), root / name) for name in MODELS}
 
 
 @pytest.fixture
@@ -157,3 +166,15 @@ def test_predictions_that_are_no_numbers_are_reported() -> None:
     engine.read([1, 2, 5])
     with pytest.raises(UserError, match="not finite after 3 tokens"):
         next(iter(TokenStream(engine, sampler(net))))
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("cache", ["0+12", "4+8"])
+def test_every_family(name: str, cache: str, folders: dict[str, Path]) -> None:
+    """Grouped heads, ALiBi, learned positions, sliding windows, scaled angles: as the evaluator."""
+    net, ids, c = load_model(folders[name]).model, text(50), Cache.parse(cache)
+    engine = Engine(net, c, block=6)
+    assert np.abs(nll(engine, ids) - stream_nll(net, ids, c)).max() < 1e-4
+    again = Engine(net, c, block=6)
+    again.read(ids[:-1].tolist())
+    assert (engine.logits_V - again.logits_V).abs().max() < 1e-3
