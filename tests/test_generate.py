@@ -79,7 +79,7 @@ def test_figures_go_to_stderr_and_can_be_left_out(run: Path, capsys: pytest.Capt
     assert main(words) == 0
     error = capsys.readouterr().err
     assert "5 tokens at" in error
-    assert "cache 4+60" in error
+    assert "cache 4+59" in error
     assert "seed 9" in error
     assert main([*words, "--quiet"]) == 0
     assert capsys.readouterr().err == ""
