@@ -16,18 +16,15 @@ import torch
 from torch import Tensor
 
 from sinkpretrain import sinks
-from sinkpretrain.attention import distance_bias, merge_column, rotate
+from sinkpretrain.attention import merge_column, rotate
 from sinkpretrain.errors import UserError
 from sinkpretrain.language import Attend, LanguageModel
 from sinkpretrain.ring import LayerBuffer, Layout, Places
 from sinkpretrain.sampling import NOT_FINITE, Sampler
-from sinkpretrain.streaming import Cache
+from sinkpretrain.streaming import Cache, Seen
 
 BLOCK = 128
 """Most tokens per forward; longer texts are read in several."""
-
-ALL = torch.iinfo(torch.int64).max
-"""The window of a layer that has none."""
 
 
 class Engine:
@@ -95,30 +92,31 @@ class Engine:
 
     def _attend(self, places: Places) -> Attend:
         """The attention function: ring attention as plain operations, for any number of tokens."""
-        x, ring, slopes = self.cache.start, self.layout.ring, self.model.slopes
+        x, ring = self.cache.start, self.layout.ring
         rope_k, rope_place, rope_same, rope_before = (
             (self._rope[0][at], self._rope[1][at])
             for at in (places.key, places.place, places.index, places.index + ring)
         )
-        biases = {
-            window: distance_bias(places.distance, slopes, places.visible & (places.distance < (window or ALL)))
-            for window in set(self.model.windows)
-        }
+        query, key = places.place[:, None], places.place[:, None] - places.distance
+        groups = {w: Seen.of(self.model, w, query, key, places.visible) for w in set(self.model.windows)}
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> Tensor:
-            buffer = self._buffer(layer, k, v)
+            buffer, seen = self._buffer(layer, k, v), groups[self.model.windows[layer]]
             buffer.k.index_copy_(2, places.slot, rotate(k, *rope_k))
             buffer.v.index_copy_(2, places.slot, v)
             q_place = rotate(q, *rope_place)
             start_k, ring_k = buffer.k[:, :, :x], buffer.k[:, :, x:]
-            from_start = scaled_logits(q_place, start_k)
-            from_same = scaled_logits(rotate(q, *rope_same), ring_k)
-            from_before = scaled_logits(rotate(q, *rope_before), ring_k)
+            from_start = grouped_logits(q_place, start_k)
+            from_same = grouped_logits(rotate(q, *rope_same), ring_k)
+            from_before = grouped_logits(rotate(q, *rope_before), ring_k)
             logits = torch.cat((from_start, torch.where(places.older, from_before, from_same)), dim=-1)
-            logits = logits + biases[self.model.windows[layer]]
+            if sink.weigher is not None:
+                return grouped_values(sink.weigher(logits, seen.visible), buffer.v)
+            logits = logits + seen.bias
             lse = torch.logsumexp(logits, dim=-1)
-            out = mix(torch.exp(logits - lse.unsqueeze(-1)), buffer.v)
-            return merge_column(out, lse, None if self.drop_column else sink.column(q_place))
+            out = grouped_values(torch.exp(logits - lse.unsqueeze(-1)), buffer.v)
+            column = None if self.drop_column else sink.column(q_place, seen.visible.sum(-1))
+            return merge_column(out, lse, column)
 
         return attend
 
@@ -128,13 +126,13 @@ class Engine:
         return self.buffers[layer]
 
 
-def scaled_logits(q_BHTD: Tensor, k_BKSD: Tensor) -> Tensor:
+def grouped_logits(q_BHTD: Tensor, k_BKSD: Tensor) -> Tensor:
     """q . k / sqrt(D), fp32 [B, H, T, S]; H / K neighbouring heads of queries share one of keys."""
     scale: float = q_BHTD.shape[-1] ** -0.5
     return _shared(q_BHTD, k_BKSD.float().mT) * scale
 
 
-def mix(weights_BHTS: Tensor, v_BKSD: Tensor) -> Tensor:
+def grouped_values(weights_BHTS: Tensor, v_BKSD: Tensor) -> Tensor:
     """Values under weights, fp32 [B, H, T, D]."""
     return _shared(weights_BHTS, v_BKSD.float())
 
