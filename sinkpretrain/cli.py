@@ -31,10 +31,10 @@ COMMANDS = {
     "prepare": Command("sinkpretrain.commands", "prepare", "text in, packed tokens out"),
     "train": Command("sinkpretrain.commands", "train", "train a model, or go on training it"),
     "stream": Command("sinkpretrain.commands", "stream", "streaming perplexity of a model over a long text"),
+    "inspect": Command("sinkpretrain.commands", "inspect", "sink measures, attention maps, and when sinks emerged"),
     "compare": Command(
         "sinkpretrain.commands", "compare", "one page from results and runs: Table 3, differences, figures"
     ),
-    "generate": Command("sinkpretrain.commands", "generate", "text without end at constant memory, or a conversation"),
     "export": Command("sinkpretrain.commands", "export", "a Hugging Face folder from a run"),
     "bench": Command("sinkpretrain.commands", "bench", "how fast training is on this machine, beside its peers"),
     "demo": Command("sinkpretrain.commands", "demo", "the whole path in a few minutes, without a network"),

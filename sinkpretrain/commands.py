@@ -93,12 +93,9 @@ def _one_sentence(text: str) -> str:
     return " ".join(dict.fromkeys((lines[0], lines[-1]))).rstrip(".") + "; see --help." if lines else text
 
 
-def _arguments(
-    command: str, function: Callable[..., Any], argv: Sequence[str], lists: tuple[str, ...] = ()
-) -> dict[str, Any]:
+def _arguments(command: str, function: Callable[..., Any], argv: Sequence[str]) -> dict[str, Any]:
     """Parse ``argv`` by the signature of ``function``, whose parameters without a default are positional."""
     parser = Parser(command, description=(function.__doc__ or "").partition("\n\n")[0])
-    parser.list_flags = lists
     parser.add_function_arguments(function, as_positional=True)
     return parser.parse(argv)
 
@@ -196,6 +193,18 @@ def stream(argv: Sequence[str]) -> int:
     return 0
 
 
+def inspect(argv: Sequence[str]) -> int:
+    from rich.console import Console
+
+    from sinkpretrain.inspection import describe, inspect_model
+
+    values = _arguments("inspect", inspect_model, argv)
+    for line in describe(inspect_model(**values)):
+        Console().print(line, highlight=False, soft_wrap=True)
+    print(f"written to {values['out']}: {', '.join(sorted(p.name for p in Path(values['out']).iterdir()))}")
+    return 0
+
+
 def compare(argv: Sequence[str]) -> int:
     from sinkpretrain.compare import compare as run
     from sinkpretrain.compare import log_to_wandb, print_table
@@ -220,12 +229,6 @@ def compare(argv: Sequence[str]) -> int:
         log_to_wandb(comparison, values["wandb"], values["wandb_project"])
     print(f"written to {values['out']}: {', '.join(sorted(p.name for p in Path(values['out']).iterdir()))}")
     return 0
-
-
-def generate(argv: Sequence[str]) -> int:
-    from sinkpretrain.generate import generate as run
-
-    return run(**_arguments("generate", run, argv, lists=("--stop",)))
 
 
 def export(argv: Sequence[str]) -> int:

@@ -195,15 +195,15 @@ class Decoder(nn.Module):
         if self.learned is not None:
             x_BTC = x_BTC + self.learned(torch.arange(T, device=ids_BT.device) if positions_T is None else positions_T)
         if attend is None:
-            attend = self.causal(T)
+            attend = self.causal(T, ids_BT.device)
         for block in self.blocks:
             x_BTC = block(x_BTC, attend)
         normed: Tensor = self.norm_f(x_BTC)
         return normed
 
-    def causal(self, length: int) -> Attend:
+    def causal(self, length: int, device: torch.device) -> Attend:
         """Causal attention over positions 0 .. length - 1, within each layer's window."""
-        places = torch.arange(length, device=self.embed.weight.device)
+        places = torch.arange(length, device=device)
         cos, sin = self.rope(places)
         distance = places[:, None] - places
         biases = {

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from sinkpretrain.files import write_atomically
@@ -93,7 +93,7 @@ def perplexity_figure(models: Sequence[tuple[str, Mapping[str, NDArray[np.float3
                     (line,) = axis.plot(x, y, style, color=COLOURS[number % len(COLOURS)], linewidth=1.6)
                     lines.setdefault(name + remark, line)
         axis.set_title(f"cache {panel}" if "+" in panel else panel)
-        _tidy(axis)
+        tidy(axis)
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
@@ -133,108 +133,13 @@ def loss_figure(runs: list[tuple[str, Curve, Curve]]) -> Figure:
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("loss, nats per token")
     axis.set_title("training loss (lines) and validation loss (circles)")
-    _tidy(axis)
+    tidy(axis)
     axis.legend(frameon=False)
     return figure
 
 
-Panel = tuple[str, str, Callable[[Mapping[str, Any]], tuple[Sequence[float], Sequence[float]] | None]]
-"""Title, label of the y axis, and the curve (x, y) of one model's measures, or None if it has none."""
-
-
-@styled
-def layers_figure(models: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure:
-    """Sink measures by layer: the name of each model and its ``measures`` as ``inspect`` writes them."""
-
-    def heads(name: str, minus_floor: bool = False) -> Callable[[Mapping[str, Any]], Any]:
-        def curve(m: Mapping[str, Any]) -> Any:
-            values = np.mean(m[name], axis=1) - (m["floor"]["first"] if minus_floor else 0)
-            return (range(len(values)), values) if np.any(m[name]) else None
-
-        return curve
-
-    def depths(name: str) -> Callable[[Mapping[str, Any]], Any]:
-        return lambda m: (range(len(m[name])), m[name])
-
-    panels: list[Panel] = [
-        ("attention to position 0", "alpha minus even attention's", heads("first", minus_floor=True)),
-        ("attention to the extra column", "mean mass", heads("column")),
-        ("entropy of the attention", "nats", heads("entropy")),
-        ("value at position 0", "norm / mean norm of others", heads("value_norm")),
-        ("first token in the residual stream", "norm / mean norm of others", depths("norm")),
-        ("massive activations", "max |h| / median |h|", depths("massive")),
-    ]
-    return _panel_figure(panels, models, "layer (residual stream: blocks passed)")
-
-
-@styled
-def emergence_figure(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Figure:
-    """Sink measures against training steps: the name of each run and its lines of measures, in order of steps."""
-
-    def over(value: Callable[[Mapping[str, Any]], float], needs: str) -> Callable[[Mapping[str, Any]], Any]:
-        def curve(run: Mapping[str, Any]) -> Any:
-            lines = [line for line in run["lines"] if needs in line]
-            return ([line["step"] for line in lines], [value(line) for line in lines]) if lines else None
-
-        return curve
-
-    def column(run: Mapping[str, Any]) -> Any:
-        found = over(lambda line: float(np.mean(line["column_mass"])), "column_mass")(run)
-        return found if found and any(found[1]) else None
-
-    panels: list[Panel] = [
-        ("heads with a sink at position 0", "Sink$_1$ at 0.3, %", over(lambda x: 100 * x["sink_share"], "sink_share")),
-        (
-            "attention to position 0",
-            "mean minus even attention's",
-            over(lambda x: float(np.mean(x["first_mass"])) - x["uniform_floor"], "first_mass"),
-        ),
-        ("attention to the extra column", "mean mass", column),
-        (
-            "first token in the residual stream",
-            "norm / mean norm of others,\nlargest over depths",
-            over(lambda x: max(x["norm"]), "norm"),
-        ),
-        (
-            "massive activations",
-            "max |h| / median |h|,\nlargest over depths",
-            over(lambda x: max(x["massive"]), "massive"),
-        ),
-        (
-            "value at position 0",
-            "norm / mean norm of others",
-            over(lambda x: float(np.mean(x["value_norm"])), "value_norm"),
-        ),
-    ]
-    return _panel_figure(panels, [(name, {"lines": lines}) for name, lines in runs], "optimizer step")
-
-
-def _panel_figure(panels: Sequence[Panel], models: Sequence[tuple[str, Mapping[str, Any]]], x_label: str) -> Figure:
-    """One panel per measure that any model has, one line per model."""
-    drawn = [(title, label, [curve(m) for _, m in models]) for title, label, curve in panels]
-    drawn = [panel for panel in drawn if any(panel[2])]
-    columns = min(2, len(drawn))
-    rows = -(-len(drawn) // columns)
-    figure = Figure(figsize=(0.4 + 3.5 * columns, 0.9 + 2.3 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    lines: dict[str, Any] = {}
-    for axis, (title, label, curves) in zip(axes.flat, drawn, strict=False):
-        axis.set_title(title)
-        axis.set_ylabel(label)
-        axis.set_xlabel(x_label)
-        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        for number, ((name, _), curve) in enumerate(zip(models, curves, strict=True)):
-            if curve:
-                style = {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.5, "marker": "o", "markersize": 3}
-                (lines[name],) = axis.plot(*curve, **style)
-        _tidy(axis)
-    for axis in axes.flat[len(drawn) :]:
-        axis.set_visible(False)
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(3, len(lines)), frameon=False)
-    return figure
-
-
-def _tidy(axis: Axes) -> None:
+def tidy(axis: Axes) -> None:
+    """A light grid behind the curves, and no frame where there is no scale."""
     axis.grid(True, which="both", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)

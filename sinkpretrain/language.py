@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self
 
+import torch
 from torch import Tensor, nn
 
 from sinkpretrain import sinks
@@ -46,6 +47,7 @@ class LanguageModel(Protocol):
     ``GPTNeoX`` (what is trained here) and ``Decoder`` (models of other makers) satisfy it.
 
     embed, head: the vocabulary's matrices; logits are ``head(hidden)``.
+    blocks: its layers, modules called with the residual stream [B, T, C] first, which return it.
     sink_config: the sink mechanism it was trained with.
     prefix_ids: ids that belong in front of every sequence; the caller puts them there.
     adds_column: whether the softmax of its sink mechanism has a column more than there are keys.
@@ -57,6 +59,7 @@ class LanguageModel(Protocol):
 
     embed: nn.Embedding
     head: nn.Linear
+    blocks: nn.ModuleList
     sink_config: SinkConfig
     prefix_ids: tuple[int, ...]
     adds_column: bool
@@ -78,6 +81,9 @@ class LanguageModel(Protocol):
         ``positions_T`` (int64 [T] or [B, T]; by default 0, 1, ...) matter to an embedding of positions alone: all
         other positions are the business of ``attend``.
         """
+
+    def causal(self, length: int, device: torch.device) -> Attend:
+        """The attention of a plain forward over positions 0 .. length - 1."""
 
     def rope(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, fp32 [T, R], to rotate the first R dimensions of queries and keys with; R may be 0."""

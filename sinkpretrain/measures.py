@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinkpretrain import sinks
-from sinkpretrain.attention import sink_weights, visible_keys
-from sinkpretrain.model import GPTNeoX
-from sinkpretrain.observe import observe
+from sinkpretrain.attention import spread_heads
+from sinkpretrain.language import LanguageModel
+from sinkpretrain.observe import LayerAttention, observe
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
 """epsilon of Sink_k; Gu et al. (2024, arXiv 2410.10781, section 3) report 0.3."""
@@ -111,7 +110,7 @@ class Measures:
     kurtosis: Tensor
 
 
-def measure(model: GPTNeoX, ids_BT: Tensor, batch: int = 128) -> Measures:
+def measure(model: LanguageModel, ids_BT: Tensor, batch: int = 128) -> Measures:
     """All measures on sequences as in training, prefix included, at least two positions behind the prefix.
 
     Args:
@@ -124,16 +123,14 @@ def measure(model: GPTNeoX, ids_BT: Tensor, batch: int = 128) -> Measures:
     return Measures(ids_BT.shape[1], n, **{name: torch.cat([p[name] for p in parts], dim=1) for name in names})
 
 
-def _measure_batch(model: GPTNeoX, ids_BT: Tensor) -> dict[str, Tensor]:
+def _measure_batch(model: LanguageModel, ids_BT: Tensor) -> dict[str, Tensor]:
     T, n = ids_BT.shape[1], len(model.prefix_ids)
     assert n + 1 < T, (T, n)
-    positions = torch.arange(T, device=ids_BT.device)
-    visible = visible_keys(positions[:, None], positions, model.windows[0], model.pinned)
     heads: list[dict[str, Tensor]] = []
     stream: list[dict[str, Tensor]] = []
 
-    def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> None:
-        weights, mass = sink_weights(q, k, sink, visible)
+    def attention(layer: LayerAttention) -> None:
+        weights, mass = layer.weights()
         behind = max(1, n)
         heads.append(
             {
@@ -143,7 +140,7 @@ def _measure_batch(model: GPTNeoX, ids_BT: Tensor) -> dict[str, Tensor]:
                 "column": mass.mean(-1),
                 "first_later": weights[:, :, 1:, 0].mean(-1),
                 "entropy": entropy(weights, mass),
-                "value_norm": value_norm_ratio(v),
+                "value_norm": value_norm_ratio(spread_heads(layer.v, layer.n_head)),
             }
         )
 
@@ -173,7 +170,7 @@ def residual_stream(m: Measures) -> dict[str, list[float]]:
     return {name: rounded(getattr(m, name).mean(1)) for name in ("massive", "norm", "kurtosis")}
 
 
-def sink_measures(model: GPTNeoX, ids_BT: Tensor) -> dict[str, Any]:
+def sink_measures(model: LanguageModel, ids_BT: Tensor) -> dict[str, Any]:
     """The measures as one line of a run's record: per layer, not per head.
 
     Returns:
@@ -203,29 +200,31 @@ def sink_measures(model: GPTNeoX, ids_BT: Tensor) -> dict[str, Any]:
 
 
 def head_measures(m: Measures) -> dict[str, Any]:
-    """The measures of every head, [L][H], means over sequences; ``floor`` is what even attention would give alpha."""
+    """The measures of every head, [L][H], means over sequences, with rates and residual stream.
+
+    ``floor`` is what even attention would give alpha.
+    """
     return {
         "floor": {"first": round(uniform_floor(0, m.length), 5), "text": round(uniform_floor(m.n_prefix, m.length), 5)},
         **{
             name: [rounded(layer) for layer in getattr(m, name).mean(1)]
             for name in ("first", "text", "prefix", "column", "entropy", "value_norm")
         },
+        **rates(m),
+        **residual_stream(m),
     }
 
 
 # --- over positions -----------------------------------------------------------------------------------------------
 
 
-def last_query(model: GPTNeoX, ids_BT: Tensor) -> dict[str, Tensor]:
+def last_query(model: LanguageModel, ids_BT: Tensor) -> dict[str, Tensor]:
     """Attention of the last query of a long input: to position 0, to the prefix, to the column; each [L, H]."""
-    T, n = ids_BT.shape[1], max(1, len(model.prefix_ids))
-    positions = torch.arange(T, device=ids_BT.device)
-    visible = visible_keys(positions[-1:, None], positions, model.windows[0], model.pinned)
+    n = max(1, len(model.prefix_ids))
     found: list[dict[str, Tensor]] = []
 
-    def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> None:
-        q = q[:, :, -1:]
-        weights, mass = sink_weights(q, k, sink, visible)
+    def attention(layer: LayerAttention) -> None:
+        weights, mass = layer.last().weights()
         found.append(
             {
                 "first": weights[:, :, 0, 0].mean(0),
@@ -238,22 +237,19 @@ def last_query(model: GPTNeoX, ids_BT: Tensor) -> dict[str, Tensor]:
     return {name: torch.stack([layer[name] for layer in found]).cpu() for name in found[0]}
 
 
-def average_logits(model: GPTNeoX, ids_BT: Tensor) -> tuple[Tensor, Tensor | None]:
+def average_logits(model: LanguageModel, ids_BT: Tensor) -> tuple[Tensor, Tensor | None]:
     """Mean over sequences of the scaled logits, fp32 [L, H, T, T], and of the column's [L, H, T] if there is one.
 
-    As in figures 2 and 7 of StreamingLLM; above the diagonal, where nothing is seen, stands nan.
+    As in figures 2 and 7 of StreamingLLM; where nothing is seen, above the diagonal, stands nan.
     """
-    T = ids_BT.shape[1]
-    positions = torch.arange(T, device=ids_BT.device)
-    visible = visible_keys(positions[:, None], positions, model.windows[0], model.pinned)
     logits, columns = [], []
 
-    def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> None:
-        scaled = (q.float() @ k.float().mT).mean(0) * q.shape[-1] ** -0.5
-        logits.append(scaled.masked_fill(~visible, float("nan")).cpu())
-        column = sink.column(q, visible.sum(-1))
+    def attention(layer: LayerAttention) -> None:
+        mean = layer.logits().mean(0)
+        logits.append(mean.masked_fill(mean == float("-inf"), float("nan")).float().cpu())
+        column = layer.column_logits()
         if column is not None:
-            columns.append(column.logit.float().expand(q.shape[:3]).mean(0).cpu())
+            columns.append(column.mean(0).cpu())
 
     observe(model, ids_BT, attention)
     return torch.stack(logits), torch.stack(columns) if columns else None

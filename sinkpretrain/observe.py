@@ -7,33 +7,83 @@ Letters of the axes: B batch, H heads, T queries, S keys, C width of the residua
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sinkpretrain import sinks
-from sinkpretrain.attention import rotate
-from sinkpretrain.model import GPTNeoX
+from sinkpretrain.attention import attention_weights, distance_bias, rotate, scaled_logits, visible_keys
+from sinkpretrain.language import LanguageModel
+from sinkpretrain.mechanism import Mechanism
 
-SeeAttention = Callable[[int, Tensor, Tensor, Tensor, sinks.Mechanism], None]
-"""Told (layer, q [B, H, T, D], k, v [B, H, S, D], mechanism) of every layer, q and k rotated to their positions."""
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """What one layer's attention is computed from, and the attention itself.
+
+    q, k, v: [B, H, T, D], k and v with the same or fewer heads; q and k rotated to their positions.
+    visible: bool [T, S].
+    slopes: of ALiBi, [H], or None.
+    """
+
+    index: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sink: Mechanism
+    visible: Tensor
+    slopes: Tensor | None
+
+    @property
+    def n_head(self) -> int:
+        return self.q.shape[1]
+
+    def last(self) -> LayerAttention:
+        """The same with the last query alone."""
+        return LayerAttention(self.index, self.q[:, :, -1:], self.k, self.v, self.sink, self.visible[-1:], self.slopes)
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """The attention [B, H, T, S], and the mass on the mechanism's column [B, H, T]; quadratic in memory."""
+        visible = self.visible if self.slopes is None else self._bias()
+        column = self.sink.column(self.q, self.visible.sum(-1))
+        return attention_weights(self.q, self.k, column, visible, self.sink.weigher)
+
+    def logits(self) -> Tensor:
+        """Scaled logits [B, H, T, S], -inf where a query does not see a key."""
+        return scaled_logits(self.q, self.k) + self._bias()
+
+    def column_logits(self) -> Tensor | None:
+        """Logits of the mechanism's column, fp32 [B, H, T], if it has one."""
+        column = self.sink.column(self.q, self.visible.sum(-1))
+        return None if column is None else column.logit.float().expand(self.q.shape[:3])
+
+    def _bias(self) -> Tensor:
+        S = self.k.shape[2]
+        keys = torch.arange(S, device=self.q.device)
+        return distance_bias(keys[S - self.q.shape[2] :, None] - keys, self.slopes, self.visible)
+
+
+SeeAttention = Callable[[LayerAttention], None]
 SeeResidual = Callable[[int, Tensor], None]
 """Told (depth, h [B, T, C]): the residual stream in front of the first block (depth 0) and behind each block."""
 
 
 def observe(
-    model: GPTNeoX, ids_BT: Tensor, attention: SeeAttention | None = None, residual: SeeResidual | None = None
+    model: LanguageModel, ids_BT: Tensor, attention: SeeAttention | None = None, residual: SeeResidual | None = None
 ) -> None:
     """One causal forward over samples as in training (prefix included), watched."""
-    T = ids_BT.shape[1]
-    cos, sin = model.rope(torch.arange(T, device=ids_BT.device))
-    causal = model.causal(T, ids_BT.device)
+    T, device = ids_BT.shape[1], ids_BT.device
+    places = torch.arange(T, device=device)
+    cos, sin = model.rope(places)
+    visible = {w: visible_keys(places[:, None], places, w, model.pinned) for w in set(model.windows)}
+    causal = model.causal(T, device)
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: Mechanism) -> Tensor:
         if attention is not None:
             # A run in bf16 autocast trains so; what is measured about it is computed in fp32.
-            with torch.autocast(ids_BT.device.type, enabled=False):
-                attention(layer, rotate(q, cos, sin), rotate(k, cos, sin), v, sink)
+            with torch.autocast(device.type, enabled=False):
+                turned = rotate(q, cos, sin), rotate(k, cos, sin)
+                attention(LayerAttention(layer, *turned, v, sink, visible[model.windows[layer]], model.slopes))
         return causal(layer, q, k, v, sink)
 
     handles = []

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, peaked
+from family_factory import build, save
 
-from sinkpretrain.attention import rotate, sink_weights
+from sinkpretrain.attention import rotate
 from sinkpretrain.config import SinkConfig
+from sinkpretrain.load import load_model
 from sinkpretrain.measures import (
     THRESHOLDS,
     alpha,
@@ -28,7 +32,7 @@ from sinkpretrain.measures import (
     value_norm_ratio,
 )
 from sinkpretrain.model import GPTNeoX
-from sinkpretrain.observe import observe
+from sinkpretrain.observe import LayerAttention, observe
 
 
 def sample(net: GPTNeoX, batch: int = 2, length: int = 32) -> torch.Tensor:
@@ -95,7 +99,7 @@ def test_every_measure_against_loops_over_single_numbers(mechanism: SinkConfig) 
     ids = sample(net, 2, 12)
     n, T = len(net.prefix_ids), 12
     seen = []
-    observe(net, ids, lambda layer, q, k, v, sink: seen.append((q, k, v, sink)))
+    observe(net, ids, lambda a: seen.append((a.q, a.k, a.v, a.sink)))
     m = measure(net, ids, batch=1)
     assert m.n_prefix == n
     for layer, (q, k, v, sink) in enumerate(seen):
@@ -173,13 +177,12 @@ def test_a_planted_massive_activation_is_seen() -> None:
 def test_rows_and_column_sum_to_one(mechanism: SinkConfig) -> None:
     net = peaked(GPTNeoX(TINY, mechanism)).eval()
     ids = sample(net)
-    visible = torch.ones(32, 32, dtype=torch.bool).tril()
     layers = []
 
-    def see(layer, q, k, v, sink):  # type: ignore[no-untyped-def]
-        weights, mass = sink_weights(q, k, sink, visible)
-        layers.append(layer)
-        if sink.weigher is None:
+    def see(layer: LayerAttention) -> None:
+        weights, mass = layer.weights()
+        layers.append(layer.index)
+        if layer.sink.weigher is None:
             assert torch.allclose(weights.sum(-1) + mass, torch.ones_like(mass), atol=1e-5)
         assert (mass > 0).all() == net.adds_column
 
@@ -259,8 +262,8 @@ def test_last_query_is_the_last_row(mechanism: SinkConfig) -> None:
     n = max(1, len(net.prefix_ids))
     rows, masses = [], []
 
-    def see(layer, q, k, v, sink):  # type: ignore[no-untyped-def]
-        weights, mass = sink_weights(q, k, sink, torch.ones(32, 32, dtype=torch.bool).tril())
+    def see(layer: LayerAttention) -> None:
+        weights, mass = layer.weights()
         rows.append(weights[:, :, -1].mean(0))
         masses.append(mass[:, :, -1].mean(0))
 
@@ -297,3 +300,41 @@ def test_average_logits_are_scaled_rotated_products() -> None:
         expected = sum(rotate(q[b, None, None, :, at], cos, sin)[0, 0] @ key for b in range(3)) / 3 / 4
         assert torch.allclose(columns[0, h], expected, atol=1e-5)
     assert average_logits(GPTNeoX(TINY).eval(), ids)[1] is None
+
+
+# --- other makers' models -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "falcon-40b", "mpt-clip-heads", "gpt2"])
+def test_other_families_attend_as_transformers_says(family: str, tmp_path: Path) -> None:
+    """Grouped keys, windows, ALiBi and learned positions: attention and residual stream beside transformers' own."""
+    theirs = build(family, attn_implementation="eager")
+    net = load_model(save(theirs, tmp_path)).model
+    ids = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(2))
+    attention, stream = [], []
+    observe(net, ids, lambda layer: attention.append(layer.weights()[0]), lambda _, h: stream.append(h))
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, output_attentions=True, output_hidden_states=True)
+    assert len(attention) == len(expected.attentions) == 3
+    for ours, other in zip(attention, expected.attentions, strict=True):
+        assert torch.allclose(ours, other, atol=1e-5)
+    assert max(float(a.amax(-1).mean()) for a in attention) > 0.3  # peaked: even attention has 0.16
+    for ours, other in zip(stream[:-1], expected.hidden_states[:-1], strict=True):  # theirs norms the last
+        assert torch.allclose(ours, other, atol=1e-3, rtol=1e-4)
+    m = measure(net, ids)
+    assert torch.allclose(m.first, torch.stack(expected.attentions)[..., 0].mean(-1), atol=1e-5)
+    assert torch.allclose(
+        last_query(net, ids)["first"], torch.stack(expected.attentions)[..., -1, 0].mean(1), atol=1e-5
+    )
+    rows = torch.softmax(average_logits(net, ids[:1])[0].nan_to_num(float("-inf")), dim=-1)
+    assert torch.allclose(rows, torch.stack(expected.attentions)[:, 0], atol=1e-5)
+
+
+def test_a_window_that_a_model_was_trained_with_is_seen() -> None:
+    config = dataclasses.replace(TINY, window=8)
+    net = peaked(GPTNeoX(config)).eval()
+    m = measure(net, sample(net))
+    beyond = GPTNeoX(TINY, seed=None)
+    beyond.load_state_dict(net.state_dict())
+    assert (m.first < measure(beyond.eval(), sample(net)).first).float().mean() > 0.9
+    assert last_query(net, sample(net))["first"].abs().max() == 0

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from sinkpretrain import figures
+from sinkpretrain import figures, inspect_figures
 from sinkpretrain.comparison import numbers, paper
 from sinkpretrain.comparison.numbers import Group, Record
 from sinkpretrain.comparison.read import About, Found, Result, setting_order
@@ -248,14 +248,14 @@ def sinks(found: Found) -> Section:
         names = numbers.titles(found.inspections)
         layers = [(n, a.data["measures"]) for n, a in zip(names, found.inspections, strict=True)]
         caption = "Attention to the sink and the residual stream, layer by layer (mean over heads and sequences)."
-        blocks.append(Picture("layers", caption, figures.layers_figure(layers)))
+        blocks.append(Picture("layers", caption, inspect_figures.layers_figure(layers)))
     logged = [r for r in found.runs if r.probes]
     if logged:
         if not found.inspections:
             blocks.append(logged_table(numbers.logged_sinks(logged)))
         curves = [(r.name, r.probes) for r in logged]
         caption = "When sinks emerge: measures that the runs logged while training."
-        blocks.append(Picture("emergence", caption, figures.emergence_figure(curves)))
+        blocks.append(Picture("emergence", caption, inspect_figures.emergence_figure(curves)))
     return Section("Attention sinks", blocks)
 
 

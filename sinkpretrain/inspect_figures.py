@@ -1,0 +1,219 @@
+"""Figures of sink measures: by layer, by head, over training, and attention maps as figures 2 and 7 of StreamingLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from torch import Tensor
+
+from sinkpretrain.figures import COLOURS, styled, tidy
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """One panel of attention maps: a layer, and a head of it or, with None, the mean over its heads."""
+
+    layer: int
+    head: int | None
+
+    def of(self, values_LH: Tensor) -> Tensor:
+        """What [L, H, ...] holds for this panel."""
+        layer = values_LH[self.layer]
+        return layer.mean(0) if self.head is None else layer[self.head]
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}, {'mean of heads' if self.head is None else f'head {self.head}'}"
+
+
+Logits = tuple[str, Tensor, Tensor | None, int]
+"""Name of a model, average logits [L, H, T, T], those of its column [L, H, T] if it has one, length of its prefix."""
+
+
+@styled
+def maps_figure(models: Sequence[Logits], maps: Sequence[AttentionMap]) -> Figure:
+    """Average attention logits: a row of panels per model (two, if there are many panels), one panel per map.
+
+    Sink tokens are marked S; a mechanism's column stands to the left of the keys, marked +1.
+    """
+    columns = min(6, len(maps))
+    rows_each = -(-len(maps) // columns)
+    rows = rows_each * len(models)
+    figure = Figure(figsize=(0.6 + 2.25 * columns, 0.5 + 2.35 * rows), layout="constrained")
+    folders = figure.subfigures(len(models), 1, squeeze=False)[:, 0]
+    for folder, (name, logits, extra, n_prefix) in zip(folders, models, strict=True):
+        folder.suptitle(name, fontsize=10, fontweight="bold")
+        axes = folder.subplots(rows_each, columns, squeeze=False)
+        for place, (axis, panel) in enumerate(zip(axes.flat, maps, strict=False)):
+            values = panel.of(logits).numpy()
+            T = len(values)
+            if extra is not None:
+                gap = np.full((T, 1), np.nan)
+                values = np.concatenate((panel.of(extra).numpy()[:, None], gap, values), axis=1)
+            offset = values.shape[1] - T
+            image = axis.imshow(values, cmap="viridis", interpolation="nearest")
+            axis.set_title(str(panel), fontsize=9)
+            shown = [*range(n_prefix), *range(n_prefix + (-n_prefix % 5), T, 5)]
+            labels = ["S" if t < n_prefix else str(t) for t in shown]
+            axis.set_yticks(shown, labels)
+            axis.set_xticks(
+                [*([0] if offset else []), *(t + offset for t in shown)], [*(["+1"] if offset else []), *labels]
+            )
+            axis.tick_params(labelsize=7)
+            axis.spines[:].set_visible(False)
+            if place >= len(maps) - columns:
+                axis.set_xlabel("key", fontsize=8)
+            if place % columns == 0:
+                axis.set_ylabel("query", fontsize=8)
+            bar = folder.colorbar(image, ax=axis, shrink=0.75, aspect=16, pad=0.02)
+            bar.ax.tick_params(labelsize=7)
+            bar.outline.set_visible(False)
+        for axis in axes.flat[len(maps) :]:
+            axis.set_visible(False)
+    figure.supxlabel("average logit q·k/√d before the softmax", fontsize=9)
+    return figure
+
+
+@styled
+def heads_figure(models: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure:
+    """Attention to position 0, and to the column where there is one, of every head of every layer."""
+    panels = [
+        (f"{name}\n{title}", np.asarray(m[key]))
+        for name, m in models
+        for key, title in (("first", "attention to position 0"), ("column", "attention to the extra column"))
+        if np.any(m[key])
+    ]
+    width = 0.12 * max(values.shape[1] for _, values in panels)
+    height = 0.12 * max(values.shape[0] for _, values in panels)
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    top = max(0.1, *(float(values.max()) for _, values in panels), 0.0)
+    figure = Figure(figsize=(1.2 + (2.2 + width) * columns, (1.3 + max(1.2, height)) * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis, (title, values) in zip(axes.flat, panels, strict=False):
+        image = axis.imshow(
+            values, cmap="viridis", vmin=0, vmax=top, aspect="auto", interpolation="nearest", origin="lower"
+        )
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("head")
+        axis.set_ylabel("layer")
+        for each in (axis.xaxis, axis.yaxis):
+            each.set_major_locator(MaxNLocator(8, integer=True))
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    figure.colorbar(image, ax=axes, label="mean attention (alpha)", shrink=0.8)
+    return figure
+
+
+Panel = tuple[str, str, Callable[[Mapping[str, Any]], tuple[Sequence[float], Sequence[float]] | None]]
+"""Title, label of the y axis, and the curve (x, y) of one model's measures, or None if it has none."""
+
+
+@styled
+def layers_figure(models: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure:
+    """Sink measures by layer: the name of each model and its ``measures`` as ``inspect`` writes them."""
+
+    def heads(name: str, minus_floor: bool = False) -> Callable[[Mapping[str, Any]], Any]:
+        def curve(m: Mapping[str, Any]) -> Any:
+            values = np.mean(m[name], axis=1) - (m["floor"]["first"] if minus_floor else 0)
+            return (range(len(values)), values) if np.any(m[name]) else None
+
+        return curve
+
+    def depths(name: str) -> Callable[[Mapping[str, Any]], Any]:
+        return lambda m: (range(len(m[name])), m[name])
+
+    panels: list[Panel] = [
+        ("attention to position 0", "alpha - even attention", heads("first", minus_floor=True)),
+        ("attention to the extra column", "mean mass", heads("column")),
+        ("entropy of the attention", "nats", heads("entropy")),
+        ("value at position 0", "norm / mean norm of others", heads("value_norm")),
+        ("first token in the residual stream", "norm / mean norm of others", depths("norm")),
+        ("massive activations", "max |h| / median |h|", depths("massive")),
+    ]
+    return _panel_figure(panels, models, "layer (residual stream: blocks passed)")
+
+
+@styled
+def emergence_figure(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Figure:
+    """Sink measures against training steps: the name of each run and its lines of measures, in order of steps."""
+
+    def over(value: Callable[[Mapping[str, Any]], float], needs: str) -> Callable[[Mapping[str, Any]], Any]:
+        def curve(run: Mapping[str, Any]) -> Any:
+            lines = [line for line in run["lines"] if needs in line]
+            return ([line["step"] for line in lines], [value(line) for line in lines]) if lines else None
+
+        return curve
+
+    def column(run: Mapping[str, Any]) -> Any:
+        found = over(lambda line: float(np.mean(line["column_mass"])), "column_mass")(run)
+        return found if found and any(found[1]) else None
+
+    panels: list[Panel] = [
+        ("heads with a sink at position 0", "Sink$_1$ at 0.3, %", over(lambda x: 100 * x["sink_share"], "sink_share")),
+        (
+            "attention to position 0",
+            "mean - even attention",
+            over(lambda x: float(np.mean(x["first_mass"])) - x["uniform_floor"], "first_mass"),
+        ),
+        ("attention to the extra column", "mean mass", column),
+        (
+            "first token in the residual stream",
+            "norm / mean norm of others,\nlargest over depths",
+            over(lambda x: max(x["norm"]), "norm"),
+        ),
+        (
+            "massive activations",
+            "max |h| / median |h|,\nlargest over depths",
+            over(lambda x: max(x["massive"]), "massive"),
+        ),
+        (
+            "value at position 0",
+            "norm / mean norm of others",
+            over(lambda x: float(np.mean(x["value_norm"])), "value_norm"),
+        ),
+    ]
+    return _panel_figure(panels, [(name, {"lines": lines}) for name, lines in runs], "optimizer step")
+
+
+def _panel_figure(panels: Sequence[Panel], models: Sequence[tuple[str, Mapping[str, Any]]], x_label: str) -> Figure:
+    """One panel per measure that any model has, one line per model."""
+    drawn = [(title, label, [curve(m) for _, m in models]) for title, label, curve in panels]
+    drawn = [panel for panel in drawn if any(panel[2])]
+    columns = min(2, len(drawn))
+    rows = -(-len(drawn) // columns)
+    figure = Figure(figsize=(0.4 + 3.5 * columns, 0.9 + 2.3 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    lines: dict[str, Any] = {}
+    for axis, (title, label, curves) in zip(axes.flat, drawn, strict=False):
+        axis.set_title(title)
+        axis.set_ylabel(label)
+        axis.set_xlabel(x_label)
+        for number, ((name, _), curve) in enumerate(zip(models, curves, strict=True)):
+            if curve:
+                style = {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.5, "marker": "o", "markersize": 3}
+                (lines[name],) = axis.plot(*curve, **style)
+        _scale_x(axis, [x for curve in curves if curve for x in curve[0]])
+        if not any(np.any(curve[1]) for curve in curves if curve):
+            axis.set_ylim(-0.05, 1)  # nothing but zeros: not a scale of thousandths around them
+        tidy(axis)
+    for axis in axes.flat[len(drawn) :]:
+        axis.set_visible(False)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(3, len(lines)), frameon=False)
+    return figure
+
+
+def _scale_x(axis: Axes, values: Sequence[float]) -> None:
+    """Whole numbers; steps that are spaced as powers of two, as early checkpoints are, by their logarithm."""
+    positive = sorted({x for x in values if x > 0})
+    if len(positive) > 4 and positive[len(positive) // 2] < positive[-1] / 4:
+        axis.set_xscale("symlog", linthresh=positive[0])
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+        axis.xaxis.set_minor_locator(NullLocator())
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
