@@ -16,6 +16,7 @@ from typing import Any
 
 from sinkpretrain import __version__
 from sinkpretrain.errors import UserError
+from sinkpretrain.signals import PROCESS
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,12 @@ class Command:
     module: str
     function: str
     summary: str
+    takes_signals: bool = False
 
 
 COMMANDS = {
     "prepare": Command("sinkpretrain.commands", "prepare", "text in, packed tokens out"),
-    "train": Command("sinkpretrain.commands", "train", "train a model, or go on training it"),
+    "train": Command("sinkpretrain.commands", "train", "train a model, or go on training it", True),
     "stream": Command("sinkpretrain.commands", "stream", "streaming perplexity of a model over a long text"),
     "inspect": Command("sinkpretrain.commands", "inspect", "sink measures, attention maps, and when sinks emerged"),
     "compare": Command(
@@ -53,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = _one_line_warning
     try:
         command = find(arguments[0])
+        if command.takes_signals:
+            PROCESS.install()  # before any import that takes time: a signal on the way must not end the process
         function: Callable[..., int] = getattr(importlib.import_module(command.module), command.function)
         return function(arguments[1:])
     except UserError as error:

@@ -14,6 +14,7 @@ import jsonargparse
 
 from sinkpretrain.config import RunConfig, from_dict, load_yaml, recipe_path
 from sinkpretrain.errors import UserError
+from sinkpretrain.signals import PROCESS
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -126,7 +127,12 @@ def prepare(argv: Sequence[str]) -> int:
 
 
 def load_run_config(argv: Sequence[str]) -> RunConfig:
-    """The configuration of a run: recipes (``--config``, later ones win), then dotted overrides.
+    """The configuration of a run: recipes (``--config``, later ones win), then dotted overrides; raises UserError."""
+    return parse_run(argv)[0]
+
+
+def parse_run(argv: Sequence[str]) -> tuple[RunConfig, bool]:
+    """The configuration of a run, and whether it may differ from the one that its run directory was made with.
 
     Raises:
         UserError: an unknown recipe, setting or value.
@@ -148,12 +154,16 @@ def load_run_config(argv: Sequence[str]) -> RunConfig:
     )
     parser.add_argument("--config", action="config", help="recipe; later ones and dotted flags win")
     parser.add_class_arguments(RunConfig)
+    parser.add_argument(
+        "--allow_changes", type=bool, default=False, help="go on although settings or data are not the run's own"
+    )
     values = parser.parse(arguments)
     values.pop("config", None)
+    allow_changes = bool(values.pop("allow_changes"))
     config = from_dict(RunConfig, values)
     if not config.name and not config.out:
         config = dataclasses.replace(config, name="-".join(recipe.stem for recipe in recipes))
-    return config
+    return config, allow_changes
 
 
 def _checked_recipe(name: str) -> Path:
@@ -164,11 +174,11 @@ def _checked_recipe(name: str) -> Path:
 
 
 def train(argv: Sequence[str]) -> int:
-    config = load_run_config(argv)
+    config, allow_changes = parse_run(argv)
     # After the flags are known to be right: Lightning takes seconds to import.
     from sinkpretrain.train import train as run
 
-    result = run(config)
+    result = run(config, allow_changes, PROCESS)
     return 0 if result.signal is None else 128 + result.signal
 
 

@@ -184,6 +184,10 @@ class TrainingConfig:
         strategy: ``ddp`` keeps the whole model on every device, ``fsdp`` a slice of it; ``auto`` takes fsdp for several
             devices and a billion parameters or more.
         deterministic: ask torch for bitwise repeatable kernels.
+        max_skipped: steps in a row with a loss or gradient norm that is not finite, each of them skipped, after which
+            the run ends; 0 means never.
+        stall_seconds: a process that makes no step for so long ends the run, named; 0 means never.
+        stop_margin: seconds before the end of a Slurm job at which a run stops by itself with a checkpoint.
     """
 
     steps: int = 143_000
@@ -197,6 +201,9 @@ class TrainingConfig:
     nodes: int = 1
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     deterministic: bool = False
+    max_skipped: int = 10
+    stall_seconds: float = 1800.0
+    stop_margin: float = 120.0
 
 
 @dataclass(frozen=True)
@@ -209,6 +216,7 @@ class LogConfig:
         probe_every: attention measures on a few validation samples.
         checkpoint_every: checkpoints to resume from.
         keep: how many of those are kept.
+        keep_doubling: beside them, keep the checkpoints at 1, 2, 4, 8, ... times ``checkpoint_every``.
         weights_every: weights kept for good, beside the steps 0, 1, 2, 4, ... 512 ([Pythia]: every 1,000).
         wandb: send metrics to Weights & Biases.
         wandb_project: its project.
@@ -220,6 +228,7 @@ class LogConfig:
     probe_every: int = 1000
     checkpoint_every: int = 1000
     keep: int = 2
+    keep_doubling: bool = True
     weights_every: int = 1000
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "sinkpretrain"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sinkpretrain.errors import UserError
 
@@ -54,6 +57,42 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, otherwise: str, patience: float = 10.0) -> Iterator[None]:
+    """Hold a lock file; the system releases it when the process ends, however it ends.
+
+    Args:
+        otherwise: what to say if another process still holds it after ``patience`` seconds.
+
+    Raises:
+        UserError: another process holds it, or it cannot be made.
+    """
+    with disk_faults(path):
+        file = path.open("a+", encoding="utf-8")
+    with file:
+        deadline = time.monotonic() + patience
+        while not _locked(file):
+            if time.monotonic() > deadline:
+                file.seek(0)
+                raise UserError(f"{otherwise} ({file.read().strip()}); wait for it to end, or stop it.")
+            time.sleep(0.2)
+        with disk_faults(path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks: nothing to hold
+    return True
 
 
 @contextlib.contextmanager

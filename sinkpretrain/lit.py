@@ -9,27 +9,40 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sinkpretrain import metrics
-from sinkpretrain.checkpoint import checkpoint_path, due, is_log_spaced, prune_checkpoints, weights_path
-from sinkpretrain.config import OptimizerConfig, RunConfig, to_dict
+from sinkpretrain import metrics, watchdog
+from sinkpretrain.checkpoint import (
+    BackgroundWriter,
+    checkpoint_path,
+    due,
+    is_log_spaced,
+    on_cpu,
+    prune_checkpoints,
+    weights_path,
+)
+from sinkpretrain.config import OptimizerConfig, RunConfig
 from sinkpretrain.data import Batch, shared_targets
-from sinkpretrain.load import METADATA_KEY, save_weights
+from sinkpretrain.guards import Guard, finite
+from sinkpretrain.load import METADATA_KEY, describe, step_of, write_weights
 from sinkpretrain.measures import sink_measures
 from sinkpretrain.model import MLP, GPTNeoX
 from sinkpretrain.ops import IGNORED, can_fuse, linear_cross_entropy
 from sinkpretrain.progress import ProgressBar
+from sinkpretrain.ranks import Ranks
 from sinkpretrain.sharding import shard, whole, whole_state
 from sinkpretrain.signals import StopRequest
+from sinkpretrain.slurm import TimeLeft
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -55,24 +68,53 @@ def parameter_groups(model: GPTNeoX, weight_decay: float) -> list[dict[str, Any]
     ]
 
 
+def _poisoned_unless_finite(loss: Tensor) -> Tensor:
+    """The same loss, whose gradients are all NaN if it is NaN or infinite: every process then sees it in the norm."""
+    return loss * (loss.detach() * 0 + 1)
+
+
+class Step(NamedTuple):
+    """What is known of a step before the host has seen its loss; tensors are on the device."""
+
+    step: int
+    lr: float
+    loss: Tensor
+    norm: Tensor
+
+
 class PretrainModule(L.LightningModule):
     """Trains a GPTNeoX. State beyond the weights: the optimizer's, and how many samples were seen.
 
     Args:
         config: the resolved configuration.
         stop: set from outside (a signal) to end after the current step.
+        time_left: on rank 0 of a job with a time limit, says when to stop.
+        writer: writes checkpoints and weights beside the training.
+        facts: named values that must be the same in all processes.
     """
 
-    def __init__(self, config: RunConfig, stop: StopRequest | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        stop: StopRequest | None = None,
+        time_left: TimeLeft | None = None,
+        writer: BackgroundWriter | None = None,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.config = config
         self.model = GPTNeoX(config.model, config.sink, seed=config.training.seed)
         self.samples_seen = 0
-        self.stopped_early = False
+        self.stopped_by = 0
+        """Number of the signal that ended the run before its last step; SIGUSR1 also stands for the time limit."""
         self._validation: Callable[[], list[Batch]] | None = None
         self._probe: Tensor | None = None
-        self._stop = stop or StopRequest()
+        self._stop, self._time_left = stop or StopRequest(), time_left
+        self.writer = writer or BackgroundWriter()
+        self._facts = facts or {}
+        self._blocked = 0.0
+        self.watchdog: watchdog.Watchdog | None = None
         self._fused = config.training.fused
         for module in self.model.modules():
             if isinstance(module, MLP):
@@ -85,7 +127,7 @@ class PretrainModule(L.LightningModule):
         self._hidden: Callable[..., Tensor] = self._maybe_compiled(self.model.hidden)
         self._hidden_in_documents: Callable[..., Tensor] = self._maybe_compiled(self._mask_documents)
         self._plain_loss: Callable[..., Tensor] = self._maybe_compiled(linear_cross_entropy)
-        self._pending: list[tuple[int, float, Tensor, Tensor]] = []
+        self._pending: list[Step] = []
         self._last_validation = ""
 
     def set_validation(self, batches: Callable[[], list[Batch]], probe: Tensor) -> None:
@@ -127,6 +169,7 @@ class PretrainModule(L.LightningModule):
 
         Every sample has the same number of targets, so the mean over passes and processes is the mean over targets.
         """
+        self._at("computing")
         optimizer = self.optimizers()
         assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
         optimizer.zero_grad()
@@ -142,12 +185,14 @@ class PretrainModule(L.LightningModule):
             with self._gradients_stay_here(number < passes):
                 # chunk() makes the last pass smaller if the share does not divide evenly: weigh by its samples.
                 loss = self.loss(ids, labels) * (len(ids) / len(batch.ids))
-                self.manual_backward(loss)
+                self.manual_backward(_poisoned_unless_finite(loss))
             total += loss.detach()
         norm = self._clip()
+        # The fused optimizer leaves weights and moments alone where this is 1, without the host asking the device.
+        optimizer.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         optimizer.step()
+        self._pending.append(Step(step + 1, lr, total, norm))
         self.samples_seen += self.config.data.batch_size
-        self._pending.append((step + 1, lr, total, norm))
 
     def _gradients_stay_here(self, more_to_come: bool) -> contextlib.AbstractContextManager[Any]:
         """Exchange gradients between processes only in the last pass of a step."""
@@ -171,26 +216,48 @@ class PretrainModule(L.LightningModule):
 
     # --- between steps --------------------------------------------------------------------------------------------
 
+    def setup(self, stage: str) -> None:
+        patience = self.config.training.stall_seconds
+        self.ranks = Ranks((patience or 1e6) + 60)  # the watchdog is first, because it can name who is late
+        self.ranks.require_same(self._facts)
+        self.watchdog = watchdog.connect(self.ranks.rank, self.ranks.size, patience)
+        if self.watchdog is not None:
+            self.watchdog.start()
+
+    def _at(self, doing: str) -> None:
+        if self.watchdog is not None:
+            self.watchdog.at(self.global_step, doing)
+
     def on_train_start(self) -> None:
         self._clock, self._clock_step = time.perf_counter(), self.global_step
+        self._started = time.perf_counter()
+        self._guard = Guard(self.config.training.max_skipped, self._samples_of)
+        for line in metrics.read(self._run):
+            self._guard.replay(line)
         steps = self.config.training.steps
         self._bar = ProgressBar(
             self.config.name, steps, "steps", enabled=self.config.log.progress and self.trainer.is_global_zero
         )
         self._bar.__enter__()
         self._bar.update(self.global_step)
-        self._stop.install()
-        if self.global_step == 0:
+        self.stopped_by = self.ranks.agree_now(self._stop.signal or 0)
+        if self.stopped_by:
+            self.trainer.should_stop = True  # asked to while it started: everything is on disk already
+        elif self.global_step == 0:
             self._between_steps(0)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._at("between two steps")
         self._between_steps(self.global_step)
+        self._at("reading data")
 
     def _between_steps(self, step: int) -> None:
         """Flush, validate, measure, save, in this order: what a checkpoint follows is written before it."""
+        if self.writer.failed:
+            self.writer.finish()
         log, last = self.config.log, step == self.config.training.steps
         flush = due(log.every, step) or last
-        stopping = self._agree_to_stop(step, flush)
+        stopping = step > 0 and self._agree_to_stop(step)
         validate = (due(log.validate_every, step) or last) and self._validation is not None
         probe = (due(log.probe_every, step) or last) and self._probe is not None
         save = step > 0 and (due(log.checkpoint_every, step) or last or stopping)
@@ -201,60 +268,57 @@ class PretrainModule(L.LightningModule):
             self._validate(step)
         if probe:
             self._measure(step)
-        if keep_weights:
-            self._keep_weights(step)
-        if save:
-            self.trainer.save_checkpoint(checkpoint_path(self._run, step))
-            if self.trainer.is_global_zero:
-                prune_checkpoints(self._run, log.keep)
+        if save or keep_weights:
+            self._save(step, whole=save, weights=keep_weights)
         if stopping and not last:
-            self.stopped_early = True
             self.trainer.should_stop = True
+        elif last:
+            self.stopped_by = 0
         if validate or probe or save or keep_weights:
             # Not training: keep it out of the next tokens/s.
             self._clock, self._clock_step = time.perf_counter(), step
-
-    def _keep_weights(self, step: int) -> None:
-        state = whole_state(self.model, keep=self.trainer.is_global_zero)  # all processes take part in this
-        if self.trainer.is_global_zero:
-            save_weights(self.model, weights_path(self._run, step), step, self.config.name, state=state)
 
     @property
     def _run(self) -> Path:
         return Path(self.config.out)
 
-    def _agree_to_stop(self, step: int, flush: bool) -> bool:
-        """All processes stop at the same step or none does: with several, they agree whenever metrics are flushed."""
-        if self.trainer.world_size == 1:
-            return self._stop.requested
-        if not flush:
-            return False
-        flag = torch.tensor([float(self._stop.requested)], device=self.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+    def _agree_to_stop(self, step: int) -> bool:
+        """All processes stop at the same step or none does; with several, one step after the first was asked."""
+        asked = int(self._stop.signal or 0)
+        if not asked and self._time_left is not None and self._time_left.over():
+            asked = int(signal.SIGUSR1)
+        self.stopped_by = self.ranks.agree(asked)
+        return self.stopped_by > 0
+
+    def _samples_of(self, step: int) -> list[int]:
+        """File indices of the samples that were in a step."""
+        batch_size = self.config.data.batch_size
+        first = self.samples_seen - (self.global_step - step + 1) * batch_size
+        order = getattr(self.trainer, "datamodule").order  # noqa: B009 - Lightning adds it at run time
+        return [int(i) for i in order(max(0, first), batch_size)]
 
     def _flush(self) -> None:
         """Write the steps since the last flush; the only point at which the host waits for the losses."""
-        losses = torch.stack([loss for _, _, loss, _ in self._pending])
+        losses = torch.stack([s.loss for s in self._pending])
         if self.trainer.world_size > 1:
             dist.all_reduce(losses)
             losses /= self.trainer.world_size
-        norms = torch.stack([norm for *_, norm in self._pending])
+        norms = torch.stack([s.norm for s in self._pending])
         values = torch.stack((losses.float(), norms.float())).cpu()
         seconds = time.perf_counter() - self._clock
-        last_step = self._pending[-1][0]
+        last_step = self._pending[-1].step
         tokens_per_step = self.config.data.batch_size * self.config.model.context
         tokens_per_second = (last_step - self._clock_step) * tokens_per_step / seconds
-        lines = [
+        lines: list[dict[str, Any]] = [
             {
                 "kind": "train",
-                "step": step,
-                "loss": round(float(loss), 6),
-                "lr": lr,
-                "grad_norm": round(float(norm), 6),
-                "tokens": step * tokens_per_step,
+                "step": s.step,
+                "loss": finite(float(loss)),
+                "lr": s.lr,
+                "grad_norm": finite(float(norm)),
+                "tokens": s.step * tokens_per_step,
             }
-            for (step, lr, _, _), loss, norm in zip(self._pending, values[0], values[1], strict=True)
+            for s, loss, norm in zip(self._pending, values[0], values[1], strict=True)
         ]
         lines[-1] |= {
             "tokens_per_second": round(tokens_per_second, 1),
@@ -262,11 +326,12 @@ class PretrainModule(L.LightningModule):
         }
         self._pending = []
         self._clock, self._clock_step = time.perf_counter(), last_step
+        for event in self._guard.events(lines):
+            self._write([event])
         self._write(lines)
-        self._bar.update(
-            last_step,
-            f"loss {lines[-1]['loss']:.3f}  {tokens_per_second:,.0f} tokens/s{self._last_validation}",
-        )
+        self._guard.check()
+        loss = "not finite" if lines[-1]["loss"] is None else f"{lines[-1]['loss']:.3f}"
+        self._bar.update(last_step, f"loss {loss}  {tokens_per_second:,.0f} tokens/s{self._last_validation}")
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         if not self.trainer.is_global_zero:
@@ -309,22 +374,61 @@ class PretrainModule(L.LightningModule):
 
     def on_train_end(self) -> None:
         self._bar.__exit__(None, None, None)
-        self._stop.uninstall()
+        if self.watchdog is not None:
+            self.watchdog.stop()
+        self.writer.finish()
+        self._note_written()
 
     def on_exception(self, exception: BaseException) -> None:
-        self._bar.__exit__(type(exception), exception, None)
-        self._stop.uninstall()
+        if self.watchdog is not None:
+            self.watchdog.stop()
+        if hasattr(self, "_bar"):
+            self._bar.__exit__(type(exception), exception, None)
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
+    def _save(self, step: int, whole: bool, weights: bool) -> None:
+        """Copy what is to be kept; writing it is not the training's business. The file before it is waited for."""
+        started = time.perf_counter()
+        self.writer.finish()
+        self._note_written()
+        if weights:
+            self._keep_weights(step)
+        if whole:
+            if self.trainer.is_global_zero:
+                metrics.sync(self._run)  # no checkpoint may outlive the record of the steps before it
+            path = checkpoint_path(self._run, step)
+            self.trainer.save_checkpoint(path)
+            log = self.config.log
+            if self.trainer.is_global_zero:
+                doubling = log.checkpoint_every if log.keep_doubling else 0
+                self.writer.then(partial(prune_checkpoints, self._run, log.keep, doubling))
+        self._blocked += time.perf_counter() - started
+
+    def _keep_weights(self, step: int) -> None:
+        state = whole_state(self.model, keep=self.trainer.is_global_zero)  # all processes take part in this
+        if self.trainer.is_global_zero:
+            path = weights_path(self._run, step)
+            about = describe(self.model, step, self.config.name)
+            copy = on_cpu(state, self.device.type == "cuda")
+            self.writer.submit(path, partial(write_weights, copy, about, path))
+
+    def _note_written(self) -> None:
+        """Record how long files took, and the share of the time so far for which the training stood still."""
+        for written in self.writer.take_written():
+            line = {
+                "kind": "checkpoint",
+                "step": step_of(written.path),
+                "file": written.path.name,
+                "bytes": written.bytes,
+                "write_seconds": round(written.seconds, 4),
+                "blocked_share": round(self._blocked / (time.perf_counter() - self._started), 6),
+            }
+            self._write([line])
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["samples_seen"] = self.samples_seen
-        checkpoint[METADATA_KEY] = {
-            "model": to_dict(self.model.config),
-            "sink": to_dict(self.model.sink_config),
-            "step": self.global_step,
-            "name": self.config.name,
-        }
+        checkpoint[METADATA_KEY] = describe(self.model, self.global_step, self.config.name)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.samples_seen = checkpoint["samples_seen"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
-from collections.abc import Mapping
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,12 @@ from sinkpretrain.model import GPTNeoX
 from sinkpretrain.weights import HUB_NAME, hub_folder, read_config, weight_files
 
 METADATA_KEY = "sinkpretrain"
+CHECKPOINT_VERSION = 1
+"""What a checkpoint or weights file holds; raised when older code could no longer read it rightly."""
+
+
+class NewerVersionError(UserError):
+    """A file was written by a later version of this project."""
 
 
 @dataclass(frozen=True)
@@ -69,23 +76,27 @@ class LoadedModel:
         }
 
 
-def save_weights(
-    model: GPTNeoX,
-    path: Path,
-    step: int,
-    name: str = "",
-    dtype: torch.dtype | None = None,
-    state: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write a model as one safetensors file that says itself what it is; atomic; raises UserError on a full disk.
+def save_weights(model: GPTNeoX, path: Path, step: int, name: str = "", dtype: torch.dtype | None = None) -> None:
+    """Write a model as one safetensors file that says itself what it is; atomic; raises UserError on a full disk."""
+    state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in model.state_dict().items()}
+    write_weights(state, describe(model, step, name), path)
 
-    ``state`` stands in for the model's own where that is not whole (a sharded model).
-    """
+
+def describe(model: GPTNeoX, step: int, name: str) -> dict[str, Any]:
+    """What a file says about the weights in it."""
+    return {
+        "version": CHECKPOINT_VERSION,
+        "model": to_dict(model.config),
+        "sink": to_dict(model.sink_config),
+        "step": step,
+        "name": name,
+    }
+
+
+def write_weights(state: dict[str, Tensor], about: dict[str, Any], path: Path) -> None:
+    """Write tensors and what ``describe`` says about them as safetensors; atomic; raises UserError on a full disk."""
     from safetensors.torch import save_file
 
-    state = model.state_dict() if state is None else state
-    state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in state.items()}
-    about = {"model": to_dict(model.config), "sink": to_dict(model.sink_config), "step": step, "name": name}
     write_atomically(path, lambda p: save_file(state, p, metadata={METADATA_KEY: json.dumps(about)}))
 
 
@@ -166,19 +177,51 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"cannot read the weights {file}: {error}") from error
     if METADATA_KEY not in metadata:
         raise UserError(f"{file} was not written by sinkpretrain; give the Hugging Face folder that it lies in.")
-    return state, json.loads(metadata[METADATA_KEY])
+    about = json.loads(metadata[METADATA_KEY])
+    check_version(about, file)
+    return state, about
 
 
 def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    checkpoint = read_checkpoint(file)
+    prefix = "model."
+    state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    return state, checkpoint.get(METADATA_KEY) or {}
+
+
+def read_checkpoint(file: Path, map_location: Any = "cpu", mmap: bool = True) -> dict[str, Any]:
+    """The content of a checkpoint, which is data: nothing in it may run.
+
+    Raises:
+        NewerVersionError: a later version of this project wrote it.
+        UserError: it is damaged, not a checkpoint, or would execute code.
+    """
     try:
-        # weights_only: a checkpoint is data, nothing in it may run.
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        about = checkpoint.get(METADATA_KEY)
-        prefix = "model."
-        state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    except Exception as error:
-        raise UserError(f"cannot read the checkpoint {file}: {error}") from error
-    return state, about
+        if not zipfile.is_zipfile(file):
+            raise UserError(f"cannot read the checkpoint {file}: it is cut short or not a checkpoint.")
+        checkpoint: Any = torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{file} was not loaded: it holds objects that could run code, which no checkpoint of sinkpretrain does; "
+            "use one from a source you trust, in its plain form."
+        ) from error
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise UserError(f"cannot read the checkpoint {file}: it is damaged ({first_line}).") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise UserError(f"cannot read the checkpoint {file}: it holds something else than a training run's state.")
+    check_version(checkpoint.get(METADATA_KEY), file)
+    return checkpoint
+
+
+def check_version(about: Any, file: Path) -> None:
+    """Refuse what a later version of this project wrote; raises NewerVersionError."""
+    version = about.get("version", 1) if isinstance(about, dict) else 1
+    if not isinstance(version, int) or version > CHECKPOINT_VERSION:
+        raise NewerVersionError(
+            f"{file} was written by a newer sinkpretrain (format {version!r}, this one reads up to "
+            f"{CHECKPOINT_VERSION}); update sinkpretrain."
+        )
 
 
 def _load_hf(folder: Path, dtype: torch.dtype | None) -> LoadedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,21 @@ FILE = "metrics.jsonl"
 
 
 def append(run: Path, lines: list[dict[str, Any]]) -> None:
-    """Append lines, each with ``kind`` (train, validation, probe) and ``step``; raises UserError on a full disk."""
+    """Append lines; raises UserError on a full disk.
+
+    Args:
+        lines: each with a ``step`` and its ``kind``: train, validation, probe, checkpoint, spike or skipped.
+    """
     with disk_faults(run / FILE), (run / FILE).open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def sync(run: Path) -> None:
+    """Make what was appended so far survive a power cut."""
+    path = run / FILE
+    if path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def read(run: Path) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sinkpretrain import __version__
+from sinkpretrain.files import sha256_file
 
 
 def provenance(device: torch.device | str) -> dict[str, Any]:
@@ -60,3 +61,8 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+def source_hash() -> str:
+    """Short hash of this package's source, which tells copies of the code apart where there is no commit."""
+    return sha256_file(*sorted(Path(__file__).parent.glob("*.py")))[:12]

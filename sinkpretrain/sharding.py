@@ -7,6 +7,7 @@ would have saved, so a checkpoint moves between strategies and numbers of proces
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -67,8 +68,10 @@ class ShardedStrategy(ModelParallelStrategy):
     optimizer numbers them by its groups, and the two differ as soon as there is more than one group.
     """
 
-    def __init__(self, world: int) -> None:
-        super().__init__(data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False)
+    def __init__(self, world: int, timeout: timedelta) -> None:
+        super().__init__(
+            data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout
+        )
 
     @property
     def lightning_restore_optimizer(self) -> bool:

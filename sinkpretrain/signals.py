@@ -1,9 +1,12 @@
-"""A request to stop: signals set a flag, the training loop acts on it between two steps."""
+"""A request to stop: signals set a flag, the training loop acts on it between two steps.
+
+Standard library only: the handlers are in place before torch and Lightning, which take seconds to import.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 import threading
 from types import FrameType
 from typing import Any
@@ -14,7 +17,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class StopRequest:
     """``requested`` becomes True on the first SIGINT, SIGTERM or SIGUSR1; a second SIGINT ends the process at once.
 
-    Saving inside a signal handler can deadlock or meet half-updated weights, so the handler only takes a note.
+    Saving inside a signal handler can deadlock or meet half-updated weights, so the handler only takes a note. Later
+    signals change nothing: the first one says why the run stops.
     """
 
     def __init__(self) -> None:
@@ -25,12 +29,18 @@ class StopRequest:
     def requested(self) -> bool:
         return self.signal is not None
 
+    @property
+    def installed(self) -> bool:
+        return bool(self._previous)
+
     def install(self) -> None:
-        """Take over the signals (main thread only; elsewhere nothing happens)."""
+        """Take over the signals (main thread only; elsewhere nothing happens); one that was blocked arrives now."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._note)
+        # The job scripts block signals until here, because one that arrives while Python starts would end the process.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def uninstall(self) -> None:
         for number, handler in self._previous.items():
@@ -40,8 +50,24 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.signal is not None:
+            return
         self.signal = signal.Signals(number)
         text = "finishing this step and saving"
         if number == signal.SIGINT:
             text += "; press Ctrl-C again to stop without saving"
-        print(f"\n{self.signal.name}: {text}.", file=sys.stderr, flush=True)
+        if launched_rank() == 0:
+            # Not print: the interrupted code may be inside the same buffer.
+            os.write(2, f"\n{self.signal.name}: {text}.\n".encode())
+
+
+PROCESS = StopRequest()
+"""The one that the console script installs; signal handlers belong to the process."""
+
+
+def launched_rank() -> int:
+    """This process's rank as its launcher's environment says; 0 if it was not launched as one of several."""
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0

@@ -5,51 +5,41 @@ The same command starts a run, continues an interrupted one, and says so when th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
-import shutil
-import uuid
+import signal
+import sys
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from sinkpretrain import metrics, sinks
-from sinkpretrain.checkpoint import AtomicCheckpointIO, newest_checkpoint
-from sinkpretrain.config import RunConfig, load_yaml, save_yaml, to_dict
-from sinkpretrain.data import Batch, Samples, Stream, Tokens, open_data, training_order
+from sinkpretrain import metrics, sinks, slurm
+from sinkpretrain.checkpoint import AtomicCheckpointIO, BackgroundWriter, newest_checkpoint
+from sinkpretrain.config import RunConfig, to_dict
+from sinkpretrain.data import Batch, Samples, Stream, Tokens, open_data, spot_check, training_order
 from sinkpretrain.errors import SettingHasNoEffect, UserError
-from sinkpretrain.files import read_json, sha256_file, write_atomically, write_json
+from sinkpretrain.files import read_json, sha256_file
 from sinkpretrain.lit import PretrainModule
 from sinkpretrain.load import step_of
 from sinkpretrain.model import GPTNeoX
-from sinkpretrain.provenance import provenance
+from sinkpretrain.provenance import source_hash, versions
+from sinkpretrain.run_directory import claim
 from sinkpretrain.sharding import ShardedStrategy
 from sinkpretrain.signals import StopRequest
-
-FREE_TO_CHANGE = ("out", "name", "log", "data.path", "data.validation_path")
-FREE_IN_TRAINING = (
-    "steps",
-    "micro_batch",
-    "compile",
-    "fused",
-    "accelerator",
-    "devices",
-    "nodes",
-    "strategy",
-    "deterministic",
-)
-"""Settings that a resumed run may change: where and how fast it runs, how long, and what is logged. Whether moved data
-are the same data is decided by their hashes."""
 
 PROBE_SAMPLES, PROBE_TOKENS = 100, 64
 """Validation samples, and their length at most, on which attention is measured while training: those of Sink_k in Gu
@@ -71,39 +61,97 @@ class TrainResult:
     signal: int | None = None
 
 
-def train(config: RunConfig) -> TrainResult:
+def train(config: RunConfig, allow_changes: bool = False, stop: StopRequest | None = None) -> TrainResult:
     """Train, or go on training, the run that a configuration describes.
+
+    Args:
+        config: the configuration.
+        allow_changes: go on although settings of the optimizer, the training or the data differ from the run's.
+        stop: takes the signals; by default one that has them until this returns.
 
     Raises:
         UserError: the configuration, the data and the run directory do not go together, or the disk is full.
     """
+    stop = stop or StopRequest()
+    mine = not stop.installed
+    if mine:
+        stop.install()
+    try:
+        return _train(config, allow_changes, stop)
+    finally:
+        if mine:
+            stop.uninstall()
+
+
+def _train(config: RunConfig, allow_changes: bool, stop: StopRequest) -> TrainResult:
     tokens = open_data(config.data)
     config = resolve(config, tokens)
     run = Path(config.out)
-    if _rank() == 0:
-        claim(run, config, tokens)
-    checkpoint = newest_checkpoint(run)
-    done = step_of(checkpoint) if checkpoint else 0
-    if done >= config.training.steps:
-        print(f"{run} is finished: {done:,} steps. Raise training.steps to go on.")
-        return TrainResult(run, done, finished=True)
-    if _rank() == 0:
-        metrics.truncate(run, done if checkpoint else -1)
-        print(
-            f"{config.name}: {'resuming at step ' + format(done, ',') if checkpoint else 'training'} "
-            f"of {config.training.steps:,}, in {run}"
-        )
-    stop = StopRequest()
-    module, trainer = build(config, tokens, stop)
-    data = TokenData(config, tokens, module)
-    with warnings.catch_warnings():
-        for text in _EXPECTED_WARNINGS:
-            warnings.filterwarnings("ignore", message=text)
-        trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+    with contextlib.ExitStack() as held:
+        if _rank() == 0:
+            held.enter_context(claim(run, config, tokens, accelerator(config), allow_changes))
+        checkpoint = newest_checkpoint(run)
+        done = step_of(checkpoint) if checkpoint else 0
+        if done >= config.training.steps:
+            print(f"{run} is finished: {done:,} steps. Raise training.steps to go on.")
+            return TrainResult(run, done, finished=True)
+        if _rank() == 0:
+            metrics.truncate(run, done if checkpoint else -1)
+            start = f"resuming at step {done:,}" if checkpoint else "training"
+            print(f"{config.name}: {start} of {config.training.steps:,}, in {run}", flush=True)
+        module, trainer = build(config, tokens, stop, facts(config, tokens, checkpoint))
+        with warnings.catch_warnings():
+            for text in _EXPECTED_WARNINGS:
+                warnings.filterwarnings("ignore", message=text)
+            data = TokenData(config, tokens, module)
+            trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+        return _leave(run, config, module, trainer)
+
+
+def _leave(run: Path, config: RunConfig, module: PretrainModule, trainer: L.Trainer) -> TrainResult:
+    """Say how it ended, put the job back into the queue if it has more to do, and let all processes leave together."""
     step = module.global_step
-    if trainer.is_global_zero and module.stopped_early:
-        print(f"stopped after step {step:,} of {config.training.steps:,}; the same command goes on from there.")
-    return TrainResult(run, step, step >= config.training.steps, stop.signal if module.stopped_early else None)
+    finished = step >= config.training.steps
+    if trainer.is_global_zero:
+        if not finished:
+            print(f"stopped after step {step:,} of {config.training.steps:,}; the same command goes on from there.")
+        for line in _after_words(run, config):
+            print(line)
+        job = slurm.job_id()
+        if module.stopped_by == signal.SIGUSR1 and job:
+            problem = slurm.requeue(job)
+            print(f"job {job} not requeued: {problem}." if problem else f"job {job} is back in the queue.")
+        sys.stdout.flush()
+    # srun ends a step when one of its processes fails: nobody may leave while rank 0 is still writing.
+    module.ranks.barrier()
+    if module.ranks.size > 1:
+        dist.destroy_process_group()  # while Python is whole: threads of gloo that outlive it abort the process
+    # The first process launched the others by itself, and would be killed if one of them ended with a code.
+    helper = isinstance(_environment(trainer), LightningEnvironment) and not trainer.is_global_zero
+    return TrainResult(run, step, finished, None if helper else module.stopped_by or None)
+
+
+def _environment(trainer: L.Trainer) -> Any:
+    return getattr(trainer.strategy, "cluster_environment", None)
+
+
+def _after_words(run: Path, config: RunConfig) -> list[str]:
+    if config.log.wandb != "offline":
+        return []
+    identity = read_json(run / "run.json")["wandb_id"]
+    return [f"to upload: wandb sync --append --id {identity} {run}/wandb/offline-run-*-{identity}"]
+
+
+def facts(config: RunConfig, tokens: Tokens, checkpoint: Path | None) -> dict[str, Any]:
+    """What must be the same in all processes of a run, by name."""
+    return {
+        **{f"setting {name}": value for name, value in flat(to_dict(config)).items()},
+        **{f"data {name}": value for name, value in tokens.identity().items()},
+        "data spot check": spot_check(tokens.train),
+        "newest checkpoint": checkpoint.name if checkpoint else None,
+        "code": source_hash(),
+        **{f"version of {name}": value for name, value in versions().items()},
+    }
 
 
 _EXPECTED_WARNINGS = (
@@ -195,6 +243,8 @@ SHARD_FROM = 1_000_000_000
 
 def strategy(config: RunConfig) -> Strategy | str:
     """How several processes train one model; raises UserError for a precision that sharding does not know."""
+    # Longer than the patience of our own checks, which say what is wrong.
+    patience = timedelta(seconds=(config.training.stall_seconds or 1e6) + 120)
     world, wanted = world_size(config), config.training.strategy
     if wanted == "auto":
         with torch.device("meta"):
@@ -203,65 +253,16 @@ def strategy(config: RunConfig) -> Strategy | str:
     if wanted == "fsdp":
         if config.training.precision == "64-true":
             raise UserError("training.strategy fsdp does not know training.precision 64-true; use 32-true or ddp.")
-        return ShardedStrategy(world)
-    return DDPStrategy(gradient_as_bucket_view=True) if world > 1 else "auto"
+        return ShardedStrategy(world, patience)
+    return DDPStrategy(gradient_as_bucket_view=True, timeout=patience) if world > 1 else "auto"
 
 
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """Dotted names of the settings in which two resumable configurations differ, with both values."""
-    found = []
-    for field in dataclasses.fields(old):
-        name = f"{where}{field.name}"
-        a, b = getattr(old, field.name), getattr(new, field.name)
-        if name in FREE_TO_CHANGE or name in {f"training.{f}" for f in FREE_IN_TRAINING}:
-            continue
-        if dataclasses.is_dataclass(a):
-            found += differences(a, b, f"{name}.")
-        elif a != b:
-            found.append(f"{name} ({a!r} there, {b!r} here)")
+def flat(settings: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """Nested settings with dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{where}{name}.") if isinstance(value, dict) else {f"{where}{name}": value}
     return found
-
-
-# --- run directory ------------------------------------------------------------------------------------------------
-
-
-def claim(run: Path, config: RunConfig, tokens: Tokens) -> None:
-    """Make the run directory, or check that it belongs to this configuration and these data.
-
-    Raises:
-        UserError: it belongs to another one (the fields are named), or cannot be written.
-    """
-    config_file, about_file = run / "config.yaml", run / "run.json"
-    if config_file.is_file():
-        fields = differences(load_yaml(RunConfig, config_file), config)
-        if fields:
-            raise UserError(
-                f"{run} belongs to another configuration: {', '.join(fields)}; choose another --out, or restore "
-                "the setting."
-            )
-        about = read_json(about_file)
-        changed = [k for k, v in tokens.identity().items() if about["data"].get(k) != v]
-        if changed:
-            raise UserError(
-                f"{run} was trained on other data ({', '.join(changed)} differ); choose another --out, or restore "
-                "data.path."
-            )
-    elif run.is_dir() and any(run.iterdir()):
-        raise UserError(f"{run} holds something else than a run; choose another --out.")
-    else:
-        about = {"data": tokens.identity(), "wandb_id": uuid.uuid4().hex[:12]}
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the run directory {run}: {error.strerror}.") from error
-        write_json(about_file, about)
-        if tokens.tokenizer:
-            source = tokens.tokenizer
-            write_atomically(run / "tokenizer.json", lambda p: shutil.copyfile(source, p))
-    attempts = [*about.get("attempts", []), provenance("cuda" if accelerator(config) == "cuda" else "cpu")]
-    write_json(about_file, about | {"attempts": attempts})
-    # Last: a directory with a config.yaml is a complete run directory.
-    write_atomically(config_file, lambda p: save_yaml(config, p))
 
 
 # --- parts --------------------------------------------------------------------------------------------------------
@@ -289,13 +290,20 @@ class TokenData(L.LightningDataModule):
         )
 
 
-def build(config: RunConfig, tokens: Tokens, stop: StopRequest) -> tuple[PretrainModule, L.Trainer]:
-    """The module and the Lightning trainer that a resolved configuration describes."""
+def build(
+    config: RunConfig, tokens: Tokens, stop: StopRequest, same: dict[str, Any]
+) -> tuple[PretrainModule, L.Trainer]:
+    """The module and the Lightning trainer that a resolved configuration describes.
+
+    Args:
+        same: facts that all processes must agree in.
+    """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     torch.set_float32_matmul_precision("highest" if config.training.precision == "32-true" else "high")
     kind = accelerator(config)
     world = world_size(config)
+    writer = BackgroundWriter()
     trainer = L.Trainer(
         accelerator=kind,
         devices=world // config.training.nodes,
@@ -305,7 +313,7 @@ def build(config: RunConfig, tokens: Tokens, stop: StopRequest) -> tuple[Pretrai
         max_steps=config.training.steps,
         max_epochs=-1,
         logger=_wandb(config) if config.log.wandb != "off" else False,
-        plugins=_plugins(),
+        plugins=_plugins(writer, copies=kind == "cuda"),
         deterministic=config.training.deterministic,
         default_root_dir=config.out,
         enable_checkpointing=False,
@@ -314,7 +322,10 @@ def build(config: RunConfig, tokens: Tokens, stop: StopRequest) -> tuple[Pretrai
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
-    module = PretrainModule(config, stop=stop)
+    # Lightning's own handlers talk to other processes from inside a signal, which can deadlock, and requeue too early.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    clock = slurm.time_left(config.training.stop_margin) if _rank() == 0 else None
+    module = PretrainModule(config, stop, clock, writer, same)
     if tokens.validation is not None:
         held_out = Samples(tokens.validation, config.model, module.model.prefix_ids)
         count = min(config.data.validation_samples, held_out.n_samples)
@@ -323,10 +334,9 @@ def build(config: RunConfig, tokens: Tokens, stop: StopRequest) -> tuple[Pretrai
     return module, trainer
 
 
-def _plugins() -> list[Any]:
-    # Lightning's own requeueing saves from inside the signal handler, which can deadlock.
-    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
-    return [AtomicCheckpointIO(), *slurm]
+def _plugins(writer: BackgroundWriter, copies: bool) -> list[Any]:
+    cluster = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    return [AtomicCheckpointIO(writer, copies), *cluster]
 
 
 def validation_share(samples: Samples, count: int, config: RunConfig, trainer: L.Trainer) -> list[Batch]:

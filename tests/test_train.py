@@ -77,11 +77,22 @@ def same(a: Path, b: Path, step: int = STEPS) -> bool:
 
 def record(run: Path) -> list[dict[str, Any]]:
     volatile = {"tokens_per_second", "model_flops_per_second"}
-    return [{k: v for k, v in line.items() if k not in volatile} for line in metrics.read(run)]
+    lines = [x for x in metrics.read(run) if x["kind"] != "checkpoint"]  # when files were written is not the run's
+    return [{k: v for k, v in line.items() if k not in volatile} for line in lines]
+
+
+def _stopper(step: int) -> Any:
+    """Stands in for the agreement between processes: a request arrives after this step."""
+
+    def agree(self: lit.PretrainModule, now: int) -> bool:
+        self.stopped_by = signal.SIGTERM if now == step else 0
+        return now == step
+
+    return agree
 
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lit.PretrainModule, "_agree_to_stop", lambda self, now, flush: now == step)
+    monkeypatch.setattr(lit.PretrainModule, "_agree_to_stop", _stopper(step))
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +128,7 @@ def test_the_model_learns(undisturbed: Path) -> None:
 
 def test_log_spaced_weights_and_kept_checkpoints(undisturbed: Path) -> None:
     assert [int(p.stem[5:]) for p in sorted((undisturbed / "weights").iterdir())] == [0, 1, 2, 4, 8, 12]
-    assert [int(p.stem[5:]) for p in sorted((undisturbed / "checkpoints").iterdir())] == [6, 12]
+    assert [int(p.stem[5:]) for p in sorted((undisturbed / "checkpoints").glob("*.ckpt"))] == [6, 12]
     first = load_model(undisturbed / "weights" / "step-0000000.safetensors")
     fresh = GPTNeoX(first.model.config, first.model.sink_config, seed=1234)
     assert torch.equal(first.model.head.weight, fresh.head.weight)
@@ -179,8 +190,9 @@ def run_command(config: RunConfig, folder: Path, *flags: str, stop: int = 0) -> 
     save_yaml(config, folder / "recipe.yaml")
     code = "import sys; from sinkpretrain.cli import main\n"
     if stop:
-        code += "from sinkpretrain import lit\n"
-        code += f"lit.PretrainModule._agree_to_stop = lambda self, now, flush: now == {stop}\n"
+        code += f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        code += "from sinkpretrain import lit; from test_train import _stopper\n"
+        code += f"lit.PretrainModule._agree_to_stop = _stopper({stop})\n"
     script = folder / f"main{stop}.py"
     script.write_text(code + "sys.exit(main())\n")
     root = Path(__file__).parent.parent
@@ -203,12 +215,12 @@ def test_two_processes_resume_exactly_and_agree_with_one(data: Path, undisturbed
     two = config(data, tmp_path / "two", devices=2)
     assert run_command(two, tmp_path / "a").returncode == 0
     halves = dataclasses.replace(two, out=str(tmp_path / "halves"))
-    assert run_command(halves, tmp_path / "b", stop=6).returncode == 0
+    assert run_command(halves, tmp_path / "b", stop=6).returncode == 128 + signal.SIGTERM
     assert run_command(halves, tmp_path / "b").returncode == 0
     assert same(tmp_path / "two", tmp_path / "halves")
 
     changed = dataclasses.replace(two, out=str(tmp_path / "changed"))
-    assert run_command(changed, tmp_path / "c", stop=6).returncode == 0
+    assert run_command(changed, tmp_path / "c", stop=6).returncode == 128 + signal.SIGTERM
     assert run_command(changed, tmp_path / "c", "--training.devices", "1").returncode == 0
     for other in ("two", "changed"):
         assert checkpoint(tmp_path / other)["samples_seen"] == checkpoint(undisturbed)["samples_seen"]
@@ -311,7 +323,7 @@ def test_disk_full_keeps_the_older_checkpoint(data: Path, tmp_path: Path, monkey
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match="disk is full"):
         train(config(data, run))
-    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-0000006.ckpt"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["newest.json", "step-0000006.ckpt"]
     monkeypatch.setattr(torch, "save", save)
     assert train(config(data, run)).finished
 

@@ -1,0 +1,105 @@
+"""The run directory: made once, held by one process at a time, and refused to another configuration or other data."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import uuid
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sinkpretrain import slurm
+from sinkpretrain.checkpoint import clear_leftovers
+from sinkpretrain.config import RunConfig, load_yaml, save_yaml
+from sinkpretrain.data import Tokens
+from sinkpretrain.errors import UserError
+from sinkpretrain.files import exclusive, read_json, write_atomically, write_json
+from sinkpretrain.provenance import provenance
+
+FREE_TO_CHANGE = ("out", "name", "log", "data.path", "data.validation_path")
+FREE_IN_TRAINING = (
+    *("steps", "micro_batch", "compile", "fused", "accelerator", "devices", "nodes", "strategy", "deterministic"),
+    *("max_skipped", "stall_seconds", "stop_margin"),
+)
+"""Settings that a resumed run may change: where and how fast it runs, how long, and what is logged. Whether moved data
+are the same data is decided by their hashes."""
+
+NEVER_TO_CHANGE = ("model.", "sink.")
+"""Settings that a checkpoint's weights were made for."""
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Dotted names of the settings in which two resumable configurations differ, with both values."""
+    found = []
+    for field in dataclasses.fields(old):
+        name = f"{where}{field.name}"
+        a, b = getattr(old, field.name), getattr(new, field.name)
+        if name in FREE_TO_CHANGE or name in {f"training.{f}" for f in FREE_IN_TRAINING}:
+            continue
+        if dataclasses.is_dataclass(a):
+            found += differences(a, b, f"{name}.")
+        elif a != b:
+            found.append(f"{name} ({a!r} there, {b!r} here)")
+    return found
+
+
+@contextlib.contextmanager
+def claim(run: Path, config: RunConfig, tokens: Tokens, device: str, allow_changes: bool = False) -> Iterator[None]:
+    """Make the run directory, or check that it belongs to this configuration and these data, and hold it.
+
+    Raises:
+        UserError: it belongs to another one (the fields are named), is in use, or cannot be written.
+    """
+    about = _belongs(run, config, tokens, allow_changes)
+    with contextlib.ExitStack() as held:
+        if about is not None:
+            held.enter_context(exclusive(run / "lock", f"{run} is in use by another process"))
+        else:
+            about = {"data": tokens.identity(), "wandb_id": uuid.uuid4().hex[:12]}
+            try:
+                run.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot make the run directory {run}: {error.strerror}.") from error
+            held.enter_context(exclusive(run / "lock", f"{run} is in use by another process"))
+            write_json(run / "run.json", about)
+            if tokens.tokenizer:
+                source = tokens.tokenizer
+                write_atomically(run / "tokenizer.json", lambda p: shutil.copyfile(source, p))
+        clear_leftovers(run)
+        attempt = provenance(device) | {"job": slurm.job_id()}
+        write_json(run / "run.json", about | {"attempts": [*about.get("attempts", []), attempt]})
+        # Last: a directory with a config.yaml is a complete run directory.
+        write_atomically(run / "config.yaml", lambda p: save_yaml(config, p))
+        yield
+
+
+def _belongs(run: Path, config: RunConfig, tokens: Tokens, allow_changes: bool) -> dict[str, Any] | None:
+    """What run.json says, if the run directory is this configuration's; None if there is none yet; else UserError."""
+    config_file = run / "config.yaml"
+    if not config_file.is_file():
+        begun = {"run.json", "tokenizer.json", "lock"}  # a process that was killed before the first step
+        if run.is_dir() and any(p.name not in begun and not p.name.endswith(".tmp") for p in run.iterdir()):
+            raise UserError(f"{run} holds something else than a run; choose another --out.")
+        return None
+    fields = differences(load_yaml(RunConfig, config_file), config)
+    fixed = [f for f in fields if f.startswith(NEVER_TO_CHANGE)]
+    if fields and (fixed or not allow_changes):
+        way_out = "" if fixed else ", or give --allow-changes to go on with the new values"
+        raise UserError(
+            f"{run} belongs to another configuration: {', '.join(fields)}; choose another --out, or restore the "
+            f"setting{way_out}."
+        )
+    about: dict[str, Any] = read_json(run / "run.json")
+    identity = tokens.identity()
+    changed = [k for k, v in identity.items() if about["data"].get(k) != v]
+    if changed and not allow_changes:
+        raise UserError(
+            f"{run} was trained on other data ({', '.join(changed)} differ); choose another --out, restore "
+            "data.path, or give --allow-changes to go on with the new data."
+        )
+    if fields or changed:
+        warnings.warn(f"{run} goes on with changes: {', '.join([*fields, *changed])}.", stacklevel=2)
+    return about | {"data": identity}

@@ -1,0 +1,80 @@
+"""What a process has to know about, and ask of, the Slurm job that it runs in. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime
+
+SECONDS_PER_ANSWER = 20.0
+"""A controller that takes longer than this to answer counts as not answering."""
+
+
+def job_id() -> str | None:
+    """Id of the job (of one task of an array: ``array_task``), or None outside of Slurm."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    if array and task:
+        # The last task's own id is the array's: requeueing that would requeue every task.
+        return f"{array}_{task}"
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def requeue(job: str) -> str | None:
+    """Put the job back into the queue; returns why that did not work, None if it did."""
+    answer, problem = _scontrol("requeue", job)
+    return problem if answer is None else None
+
+
+def end_time(job: str) -> float | None:
+    """When the job's time limit ends, in seconds since 1970; None if nobody says."""
+    answer, _ = _scontrol("-o", "show", "job", job)
+    found = re.search(r"\bEndTime=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", answer or "")
+    if found:
+        return datetime.fromisoformat(found.group(1)).timestamp()
+    said = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(said) if said.isdigit() else None
+
+
+class TimeLeft:
+    """Tells a run to stop by itself before its job's time limit does.
+
+    Args:
+        margin: seconds before the end at which to stop.
+        ask: returns the end of the job in seconds since 1970, or None for no end. It is asked again at the last
+            moment, since limits are raised while jobs run.
+    """
+
+    def __init__(self, margin: float, ask: Callable[[], float | None]) -> None:
+        self.margin, self._ask = margin, ask
+        self._end = ask()
+
+    def over(self) -> bool:
+        """Whether the time has come to save and leave."""
+        if self._end is None or time.time() < self._end - self.margin:
+            return False
+        self._end = self._ask()
+        return self._end is not None and time.time() >= self._end - self.margin
+
+
+def time_left(margin: float) -> TimeLeft | None:
+    """The clock of the job that this process runs in; None outside of Slurm."""
+    job = job_id()
+    return TimeLeft(margin, lambda: end_time(job)) if job else None
+
+
+def _scontrol(*arguments: str) -> tuple[str | None, str]:
+    """What ``scontrol`` answers, and what went wrong if that is None."""
+    try:
+        done = subprocess.run(
+            ["scontrol", *arguments], capture_output=True, text=True, timeout=SECONDS_PER_ANSWER, check=False
+        )
+    except FileNotFoundError:
+        return None, "there is no scontrol on this node"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return None, f"scontrol does not answer ({error})"
+    if done.returncode:
+        return None, " ".join(done.stderr.split()) or f"scontrol ended with {done.returncode}"
+    return done.stdout, ""
