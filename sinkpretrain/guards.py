@@ -32,6 +32,7 @@ class Guard:
         self._limit, self._samples = limit, samples
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self._in_a_row: list[int] = []
+        self._failed_from: int | None = None
 
     def replay(self, line: dict[str, Any]) -> None:
         """Take note of a line from before the run was interrupted."""
@@ -50,13 +51,13 @@ class Guard:
 
     def check(self) -> None:
         """Raises UserError once too many steps in a row were skipped."""
-        if not self._limit or len(self._in_a_row) < self._limit:
+        if self._failed_from is None:
             return
-        first = self._in_a_row[0]
+        first = self._failed_from
         samples = self._samples(first)
         more = f" and {len(samples) - SHOWN} more" if len(samples) > SHOWN else ""
         raise UserError(
-            f"loss or gradient norm was not finite in {len(self._in_a_row)} steps in a row, from step {first} on, "
+            f"loss or gradient norm was not finite in {self._limit} steps in a row, from step {first} on, "
             f"whose samples are {', '.join(map(str, samples[:SHOWN]))}{more}; the weights are those before it: lower "
             "optimizer.lr, or look at these samples."
         )
@@ -64,6 +65,8 @@ class Guard:
     def _note(self, line: dict[str, Any]) -> None:
         if _skipped(line):
             self._in_a_row.append(line["step"])
+            if len(self._in_a_row) == self._limit:
+                self._failed_from = self._in_a_row[0]
         else:
             self._in_a_row = []
             self._recent.append(line["loss"])
