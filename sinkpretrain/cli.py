@@ -37,6 +37,7 @@ COMMANDS = {
     "compare": Command(
         "sinkpretrain.commands", "compare", "one page from results and runs: Table 3, differences, figures"
     ),
+    "generate": Command("sinkpretrain.commands", "generate", "text without end at constant memory, or a conversation"),
     "export": Command("sinkpretrain.commands", "export", "a Hugging Face folder from a run"),
     "bench": Command("sinkpretrain.commands", "bench", "how fast training is on this machine, beside its peers"),
     "demo": Command("sinkpretrain.commands", "demo", "the whole path in a few minutes, without a network"),

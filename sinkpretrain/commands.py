@@ -94,9 +94,12 @@ def _one_sentence(text: str) -> str:
     return " ".join(dict.fromkeys((lines[0], lines[-1]))).rstrip(".") + "; see --help." if lines else text
 
 
-def _arguments(command: str, function: Callable[..., Any], argv: Sequence[str]) -> dict[str, Any]:
+def _arguments(
+    command: str, function: Callable[..., Any], argv: Sequence[str], lists: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Parse ``argv`` by the signature of ``function``, whose parameters without a default are positional."""
     parser = Parser(command, description=(function.__doc__ or "").partition("\n\n")[0])
+    parser.list_flags = lists
     parser.add_function_arguments(function, as_positional=True)
     return parser.parse(argv)
 
@@ -239,6 +242,12 @@ def compare(argv: Sequence[str]) -> int:
         log_to_wandb(comparison, values["wandb"], values["wandb_project"])
     print(f"written to {values['out']}: {', '.join(sorted(p.name for p in Path(values['out']).iterdir()))}")
     return 0
+
+
+def generate(argv: Sequence[str]) -> int:
+    from sinkpretrain.generate import generate as run
+
+    return run(**_arguments("generate", run, argv, lists=("--stop",)))
 
 
 def export(argv: Sequence[str]) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sinkpretrain.device import choose_device, peak_memory
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import read_json, write_atomically, write_json
 from sinkpretrain.language import LanguageModel
@@ -154,7 +154,7 @@ def stream(
     ids, about_tokens = read_ids(tokens, text, split, max_tokens, loaded)
     settings = settings_for(loaded.model, cache, strategy, window or None)
     check_ids(ids, settings, loaded)
-    where = compute_device(device)
+    where = choose_device(device)
     if block < 1 or batch < 1:
         raise UserError("--block and --batch must be at least 1.")
     # float32 means float32: no tf32 products, whatever ran in this process before.
@@ -178,14 +178,6 @@ def stream(
         write_atomically(path, lambda p, nll=nll: _save_npy(p, nll))  # type: ignore[misc]
         write_json(folder / RESULTS, results)
     return results
-
-
-def compute_device(device: str) -> torch.device:
-    """The device that ``--device`` names (auto: a GPU if there is one); raises UserError if there is none."""
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda was asked for, but torch sees no GPU; use --device cpu.")
-    return where
 
 
 def summary(setting: Setting, nll: Losses, seconds: float, device: torch.device) -> dict[str, Any]:
@@ -218,13 +210,6 @@ def perplexity(nll: Losses) -> float:
 def exponential(nats: float) -> float:
     """exp, held below the largest double: losses beyond 700 nats are as bad as can be said."""
     return math.exp(min(700.0, nats))
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU since the last reset, or of this process since its start."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _save_npy(path: Path, values: Losses) -> None:

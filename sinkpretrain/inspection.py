@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sinkpretrain import metrics
+from sinkpretrain.device import choose_device
 from sinkpretrain.errors import UserError
-from sinkpretrain.evaluate import DTYPES, check_ids, compute_device, read_ids
+from sinkpretrain.evaluate import DTYPES, check_ids, read_ids
 from sinkpretrain.figures import save_figure
 from sinkpretrain.files import write_json
 from sinkpretrain.inspect_figures import AttentionMap, emergence_figure, heads_figure, layers_figure, maps_figure
@@ -90,7 +91,7 @@ def inspect_model(
         raise UserError("--out is missing; name a folder for the measures and figures.")
     if samples < 1 or long < 0:
         raise UserError("--samples must be at least 1 and --long at least 0.")
-    where = compute_device(device)
+    where = choose_device(device)
     loaded = load_model(model)
     other = load_model(beside) if beside else None
     weights = all_weights(Path(model)) if checkpoints == "all" else []
