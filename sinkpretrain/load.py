@@ -23,6 +23,8 @@ from sinkpretrain.model import GPTNeoX
 from sinkpretrain.weights import HUB_NAME, hub_folder, read_config, weight_files
 
 METADATA_KEY = "sinkpretrain"
+SLOT_FILE = "seeded_slot.safetensors"
+"""In an exported folder: the keys and values [layers, heads, D] of a mechanism that stock weights have no place for."""
 CHECKPOINT_VERSION = 1
 """What a checkpoint or weights file holds; raised when older code could no longer read it rightly."""
 
@@ -228,11 +230,13 @@ def _load_hf(folder: Path, dtype: torch.dtype | None) -> LoadedModel:
     """A Hugging Face folder; one that ``sinkpretrain export`` wrote names the mechanism it was trained with."""
     raw = read_config(folder)
     model: LanguageModel
+    about = raw.get(METADATA_KEY) or {}
     if raw.get("model_type") == "gpt_neox":
-        model, files = _load_neox(folder, raw.get(METADATA_KEY) or {}, dtype)
+        model, files = _load_neox(folder, about, dtype)
+    elif raw.get("model_type") == METADATA_KEY:
+        model, files = _load_own(folder, raw, dtype)
     else:
         model, files = load_decoder(folder, dtype)
-    about = raw.get(METADATA_KEY) or {}
     tokenizer = folder / "tokenizer.json"
     return LoadedModel(
         model=model,
@@ -250,9 +254,36 @@ def _load_neox(folder: Path, about: dict[str, Any], dtype: torch.dtype | None) -
         # The shape is what the folder says; only which of its rows text uses is not in a stock configuration.
         config = replace(config, tokenizer_size=from_dict(ModelConfig, about["model"]).tokenizer_size)
         sink = from_dict(SinkConfig, about["sink"])
-    return _filled(config, sink, hf.from_hf(_cast(hf.load_weights(folder), dtype), config), folder), weight_files(
-        folder
-    )
+    state, files = hf.from_hf(_cast(hf.load_weights(folder), dtype), config), weight_files(folder)
+    if about.get("form") == "seeded":
+        state |= _slot_parameters(folder / SLOT_FILE, sinks.build(sink, config), dtype)
+        files = (*files, folder / SLOT_FILE)
+    return _filled(config, sink, state, folder), files
+
+
+def _slot_parameters(file: Path, mechanism: sinks.Mechanism, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The parameters of every layer's mechanism, each named as what it is: the key or the value of its slot."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        slots = _cast(load_file(file), dtype)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {file}, which the mechanism of this model needs: {error}") from error
+    return {
+        f"blocks.{layer}.attn.sink.{name}": tensor
+        for name, _ in mechanism.named_parameters()
+        for layer, tensor in enumerate(slots[name])
+    }
+
+
+def _load_own(folder: Path, raw: dict[str, Any], dtype: torch.dtype | None) -> tuple[GPTNeoX, tuple[Path, ...]]:
+    """A folder of ``sinkpretrain.hf_model``'s class, exported or saved by transformers."""
+    if not isinstance(raw.get("model"), dict) or not isinstance(raw.get("sink"), dict):
+        raise UserError(f"{folder / 'config.json'} does not say what model it holds; export it again.")
+    config, sink = from_dict(ModelConfig, raw["model"]), from_dict(SinkConfig, raw["sink"])
+    state = {k.removeprefix("model."): v for k, v in _cast(hf.load_weights(folder), dtype).items()}
+    return _filled(config, sink, state, folder), weight_files(folder)
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

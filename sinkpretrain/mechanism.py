@@ -102,6 +102,10 @@ class Mechanism(nn.Module):
         """
         return None
 
+    def slot(self) -> tuple[Tensor, Tensor] | None:
+        """The column as a key and a value [H, D] in front of the sequence, where it is equal to such; else None."""
+        return None
+
     def weigh(self, logits_BHTS: Tensor, visible: Tensor) -> Tensor:
         """Weights of the keys instead of a softmax's; see ``Weigh``. What is not visible may hold any finite logit."""
         raise NotImplementedError

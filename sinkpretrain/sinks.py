@@ -111,6 +111,13 @@ class ZeroSink(Mechanism):
     summary = "softmax-off-by-one: a constant zero column"
     source = "Miller 2023; Xiao et al. 2023, arXiv 2309.17453"
 
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
+        self.heads = (model.n_head, model.head_dim)
+
+    def slot(self) -> tuple[Tensor, Tensor] | None:
+        return torch.zeros(self.heads), torch.zeros(self.heads)
+
     def column(self, q_BHTD: Tensor, seen: Tensor) -> Column | None:
         return Column(torch.zeros((), dtype=torch.float32, device=q_BHTD.device))
 
@@ -182,6 +189,9 @@ class KeyBias(Mechanism):
         super().__init__(model)
         self.key = nn.Parameter(torch.zeros(model.n_head, model.head_dim))
 
+    def slot(self) -> tuple[Tensor, Tensor] | None:
+        return self.key.float(), torch.zeros_like(self.key, dtype=torch.float32)
+
     def column(self, q_BHTD: Tensor, seen: Tensor) -> Column | None:
         scale = q_BHTD.shape[-1] ** -0.5
         return Column(torch.einsum("bhtd,hd->bht", q_BHTD.float(), self.key.float()) * scale)
@@ -203,6 +213,9 @@ class KeyValueBias(KeyBias):
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model)
         self.value = nn.Parameter(torch.zeros(model.n_head, model.head_dim))
+
+    def slot(self) -> tuple[Tensor, Tensor] | None:
+        return self.key.float(), self.value.float()
 
     def column(self, q_BHTD: Tensor, seen: Tensor) -> Column | None:
         column = super().column(q_BHTD, seen)
