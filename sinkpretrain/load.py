@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sinkpretrain import hf, sinks
-from sinkpretrain.config import ModelConfig, SinkConfig, from_dict, to_dict
+from sinkpretrain.config import ModelConfig, RunConfig, SinkConfig, from_dict, load_yaml, to_dict
 from sinkpretrain.errors import UserError
 from sinkpretrain.families import load_decoder
 from sinkpretrain.files import sha256_file, write_atomically
@@ -43,6 +43,7 @@ class LoadedModel:
     tokenizer_sha256: hash of the tokenizer that the training data were prepared with, if known.
     step: optimizer steps behind the weights, if known.
     name: how its run calls it.
+    seeds: of its run's initial weights and data order (``training``, ``data``), if known.
     """
 
     model: LanguageModel
@@ -51,6 +52,7 @@ class LoadedModel:
     tokenizer_sha256: str | None
     step: int | None
     name: str
+    seeds: dict[str, int] | None = None
 
     @property
     def trained(self) -> GPTNeoX:
@@ -71,6 +73,7 @@ class LoadedModel:
             "name": self.name,
             "sha256": sha256_file(*self.files),
             "step": self.step,
+            "seeds": self.seeds,
             "mechanism": self.label,
             "sink": to_dict(self.model.sink_config),
             "shape": to_dict(self.model.config),
@@ -165,7 +168,16 @@ def _load_file(file: Path, run: Path, dtype: torch.dtype | None) -> LoadedModel:
         tokenizer_sha256=sha256_file(tokenizer) if tokenizer.is_file() else None,
         step=about.get("step"),
         name=about.get("name") or run.name,
+        seeds=_seeds(run / "config.yaml"),
     )
+
+
+def _seeds(recipe: Path) -> dict[str, int] | None:
+    """The seeds in a run's configuration, which may lie beside its weights or not."""
+    if not recipe.is_file():
+        return None
+    config = load_yaml(RunConfig, recipe)
+    return {"training": config.training.seed, "data": config.data.seed}
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

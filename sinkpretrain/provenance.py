@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import subprocess
+import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -16,13 +18,20 @@ from sinkpretrain.files import sha256_file
 
 
 def provenance(device: torch.device | str) -> dict[str, Any]:
-    """Device, library versions, commit of this code and the current time, as plain data."""
+    """Command, device, library versions, commit of this code and the current time, as plain data."""
     return {
+        "command": command(),
         "device": device_name(torch.device(device)),
         "versions": versions(),
         "commit": commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def command() -> str:
+    """The command line of this process, as one would type it again."""
+    program = Path(sys.argv[0]).name
+    return shlex.join(["sinkpretrain" if program == "__main__.py" else program, *sys.argv[1:]])
 
 
 def device_name(device: torch.device) -> str:

@@ -16,7 +16,10 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from sinkpretrain.compare import compare, log_to_wandb, print_table
+from sinkpretrain.comparison import numbers
+from sinkpretrain.comparison.read import About, Run
 from sinkpretrain.comparison.sections import number
+from sinkpretrain.config import RunConfig
 from sinkpretrain.errors import UserError
 from sinkpretrain.figures import running_perplexity
 
@@ -50,7 +53,7 @@ def make_result(
             "step": 10,
             "mechanism": mechanism,
             "shape": shape,
-            "seed": seed,
+            "seeds": None if seed is None else {"training": seed, "data": 0},
         },
         "tokens": {"path": "x", "sha256": f"{text}-hash-0123456789", "count": 8192},
         "settings": settings,
@@ -141,10 +144,10 @@ def test_seeds_become_a_mean_and_a_t_interval(tmp_path: Path) -> None:
     assert len((tmp_path / "out" / "table3.csv").read_text().splitlines()) == 4
 
 
-def seeds(tmp_path: Path, numbers: tuple[int | None, ...] = (1, 2, 3)) -> list[Path]:
+def seeds(tmp_path: Path, known: tuple[int | None, ...] = (1, 2, 3)) -> list[Path]:
     """Three seeds of vanilla and of the zero sink, the latter 0.01, 0.02 and 0.03 nats better in that order."""
     made = []
-    for seed, (level, gain) in zip(numbers, ((3.0, 0.01), (3.2, 0.02), (3.1, 0.03)), strict=True):
+    for seed, (level, gain) in zip(known, ((3.0, 0.01), (3.2, 0.02), (3.1, 0.03)), strict=True):
         for mechanism, nats in (("vanilla", level), ("zero_sink", level - gain)):
             folder = tmp_path / mechanism / str(len(made))
             made.append(make_result(folder, mechanism, {"4+60": np.exp(nats)}, TINY, name=f"{len(made)}", seed=seed))
@@ -165,9 +168,9 @@ def test_mechanisms_are_paired_by_seed(tmp_path: Path) -> None:
     assert "| zero_sink (n=3) | 4+60 | vanilla 4+60 | -0.0200 | -1.98 % | -1.98 to -1.98 % | -4.39 to +0.49 % |" in text
 
 
-@pytest.mark.parametrize("numbers", [(1, 2, None), (None, None, None)])
-def test_seeds_that_are_not_known_are_not_paired(tmp_path: Path, numbers: tuple[int | None, ...]) -> None:
-    [d] = compare(seeds(tmp_path, numbers), tmp_path / "out").records["differences"]
+@pytest.mark.parametrize("known", [(1, 2, None), (None, None, None)])
+def test_seeds_that_are_not_known_are_not_paired(tmp_path: Path, known: tuple[int | None, ...]) -> None:
+    [d] = compare(seeds(tmp_path, known), tmp_path / "out").records["differences"]
     assert d["nats"] == pytest.approx(-0.02, abs=1e-6)
     assert d["seed_low"] is None
 
@@ -232,6 +235,31 @@ def test_runs_on_other_data_are_refused(tmp_path: Path) -> None:
     assert len(compare([a, c], tmp_path / "out").found.runs) == 2
     with pytest.warns(UserWarning, match="does not say what data"):
         compare([a, make_run(tmp_path / "d", "zero_sink", None)], tmp_path / "out")
+
+
+def test_speeds_stand_beside_vanillas_on_the_same_device(tmp_path: Path) -> None:
+    made = {"vanilla": ("gpu", 1000.0), "zero_sink": ("gpu", 950.0), "sink_logit": ("cpu", 10.0)}
+    for sink, (device, rate) in made.items():
+        run = make_run(tmp_path / sink, sink, {"train_sha256": "1"})
+        (run / "run.json").write_text(json.dumps({"data": {"train_sha256": "1"}, "attempts": [{"device": device}]}))
+        line = {"kind": "train", "step": 101, "loss": 3.0, "tokens_per_second": rate, "peak_memory_bytes": 3 * 2**29}
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    compare([tmp_path / sink for sink in made], tmp_path / "out")
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| vanilla | vanilla | gpu | 1,000 | 1.00 x | 1.50 GiB |" in text
+    assert "| zero_sink | zero_sink | gpu | 950 | 0.95 x | 1.50 GiB |" in text
+    assert "| sink_logit | sink_logit | cpu | 10 |  | 1.50 GiB |" in text
+
+
+def test_emergence_prefers_measured_checkpoints_to_logged_lines(tmp_path: Path) -> None:
+    run = Run(tmp_path, RunConfig(name="r"), [{"kind": "probe", "step": 5, "sink_share": 0.5}], {})
+    other = Run(tmp_path, RunConfig(name="other"), run.lines, {})
+    data = {"model": {"name": "r"}, "emergence": {"from": "checkpoints", "lines": [{"step": 1}, {"step": 2}]}}
+    curves = numbers.emergence([About(tmp_path, data)], [run, other])
+    assert curves == [("r", [{"step": 1}, {"step": 2}]), ("other", run.lines)]
+    data["emergence"]["from"] = "metrics.jsonl"  # type: ignore[index]
+    assert numbers.emergence([About(tmp_path, data)], [run])[0] == ("r", run.lines)
 
 
 def test_zero_shot_files_become_a_table_with_the_papers_numbers(tmp_path: Path) -> None:

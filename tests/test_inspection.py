@@ -69,7 +69,8 @@ def test_the_file_holds_what_the_measures_say(text: str, tmp_path: Path) -> None
     assert np.array(results["last_query"]["first"]) == pytest.approx(long["first"].numpy(), abs=1e-4)
     assert [len(row) for row in results["average_logits"][0]["rows"]] == list(range(1, 18))  # the sink and 16 tokens
     assert results["model"]["mechanism"] == "sink_tokens"
-    assert {"device", "versions", "commit", "created"} <= results.keys()
+    assert {"device", "versions", "commit", "created", "command"} <= results.keys()
+    assert results["model"]["seeds"] == {"training": RunConfig().training.seed, "data": RunConfig().data.seed}
     for name in ("attention_maps", "heads", "layers", "emergence"):
         assert imread(tmp_path / "out" / f"{name}.png")[..., :3].std() > 0.02
 

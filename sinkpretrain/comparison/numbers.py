@@ -37,9 +37,9 @@ class Group:
         return [r.ppl(setting) for r in self.results if setting in r.settings]
 
     def of(self, setting: str) -> list[tuple[Any, Losses]]:
-        """(seed, losses) of each model that has the setting; a seed of None is not known."""
+        """(seeds, losses) of each model that has the setting; seeds of None are not known."""
         return [
-            (r.data["model"].get("seed"), losses[setting])
+            (_seeds(r), losses[setting])
             for r, losses in zip(self.results, self.losses, strict=True)
             if setting in losses
         ]
@@ -49,6 +49,12 @@ class Group:
         kind, size, *_ = setting_order(setting)
         same = [s for r in self.results for s in r.settings if setting_order(s)[:2] == (0, size)]
         return max(same, key=lambda s: setting_order(s)[2]) if kind == 0 and same else None
+
+
+def _seeds(result: Result) -> tuple[int, ...] | None:
+    """Seeds of the initial weights and of the data order: two trainings with the same ones are a pair."""
+    seeds = result.data["model"].get("seeds")
+    return (seeds["training"], seeds["data"]) if seeds else None
 
 
 def group(results: list[Result]) -> list[Group]:
@@ -270,6 +276,16 @@ def logged_sinks(runs: list[Run]) -> list[Record]:
         for r in runs
         if r.probes
     ]
+
+
+def emergence(abouts: list[About], runs: list[Run]) -> list[tuple[str, list[Record]]]:
+    """Name and lines of measures of each run, in order of steps: those of its checkpoints where they were inspected."""
+    found = {r.name: r.probes for r in runs}
+    for a in abouts:
+        measured = a.data.get("emergence")
+        if measured and (measured["from"] == "checkpoints" or a.name not in found):
+            found[a.name] = measured["lines"]
+    return list(found.items())
 
 
 def accuracies(about: About) -> dict[str, tuple[float, float | None]]:

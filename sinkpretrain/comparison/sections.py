@@ -250,11 +250,11 @@ def sinks(found: Found) -> Section:
         caption = "Attention to the sink and the residual stream, layer by layer (mean over heads and sequences)."
         blocks.append(Picture("layers", caption, inspect_figures.layers_figure(layers)))
     logged = [r for r in found.runs if r.probes]
-    if logged:
-        if not found.inspections:
-            blocks.append(logged_table(numbers.logged_sinks(logged)))
-        curves = [(r.name, r.probes) for r in logged]
-        caption = "When sinks emerge: measures that the runs logged while training."
+    if logged and not found.inspections:
+        blocks.append(logged_table(numbers.logged_sinks(logged)))
+    curves = numbers.emergence(found.inspections, logged)
+    if curves:
+        caption = "When sinks emerge: measures of a run's checkpoints, or those that it logged while training."
         blocks.append(Picture("emergence", caption, inspect_figures.emergence_figure(curves)))
     return Section("Attention sinks", blocks)
 
@@ -274,7 +274,7 @@ def inspection_table(abouts: list[About]) -> Table:
             *(f"Sink_1 at {t}" for t in thresholds),
             "first text token at 0.3",
             "column at 0.3",
-            "alpha_1",
+            "alpha of position 0",
             "floor",
             "last query",
             "massive ratio",
@@ -328,30 +328,43 @@ def logged_table(records: list[Record]) -> Table:
 
 def speed(found: Found) -> Section:
     blocks: list[Block] = []
-    rates = [r for r in map(numbers.training, found.runs) if r["tokens_per_second"]]
-    if rates:
-        rows = [
-            [r["name"], r["mechanism"], r["device"], f"{r['tokens_per_second']:,.0f}", _memory(r["peak_memory_bytes"])]
-            for r in rates
-        ]
-        blocks.append(Table(["training run", "mechanism", "device", "tokens/s", "peak memory"], rows, labels=3))
+    if any(numbers.training(r)["tokens_per_second"] for r in found.runs):
+        blocks.append(training_speed_table([numbers.training(r) for r in found.runs]))
     if found.results:
-        rows = [
-            [
-                r["title"],
-                heading(r["setting"]),
-                f"{r['device']}, {r['dtype']}",
-                _format(r["tokens_per_second"], ",.0f"),
-                _memory(r["peak_memory_bytes"]),
-            ]
-            for r in numbers.streaming_speed(found.results)
-        ]
-        blocks.append(Table(["streaming", "setting", "device", "tokens/s", "peak memory"], rows, labels=3))
+        blocks.append(streaming_speed_table(numbers.streaming_speed(found.results)))
     blocks.append(
-        "Training: median over the run. Memory: of the GPU, or of the whole process on a CPU. Speeds of other devices, "
-        "and of shared ones, do not compare."
+        "Training: median tokens/s over the run. Streaming: tokens/s of each setting. Memory: of the GPU, or of the "
+        "whole process on a CPU. Speeds of different devices, or of one that others used too, do not compare."
     )
     return Section("Speed and memory", blocks)
+
+
+def training_speed_table(records: list[Record]) -> Table:
+    """Beside each run its share of vanilla's speed, where both ran on the same device."""
+    base = {r["device"]: r["tokens_per_second"] for r in reversed(records) if r["mechanism"] == "vanilla"}
+    rows = []
+    for r in records:
+        rate, vanilla = r["tokens_per_second"], base.get(r["device"])
+        share = f"{rate / vanilla:.2f} x" if rate and vanilla else ""
+        rows.append(
+            [r["name"], r["mechanism"], r["device"], _format(rate, ",.0f"), share, _memory(r["peak_memory_bytes"])]
+        )
+    head = ["training run", "mechanism", "device", "tokens/s", "of vanilla's", "peak memory"]
+    return Table(head, rows, labels=3)
+
+
+def streaming_speed_table(records: list[Record]) -> Table:
+    """One row per model, device and precision; one column per setting."""
+    settings = sorted({r["setting"] for r in records}, key=setting_order)
+    rows: dict[tuple[str, str], dict[str, Record]] = {}
+    for r in records:
+        rows.setdefault((r["title"], f"{r['device']}, {r['dtype']}"), {})[r["setting"]] = r
+    body = []
+    for (title, where), by_setting in rows.items():
+        rates = [_format(by_setting[s]["tokens_per_second"], ",.0f") if s in by_setting else "" for s in settings]
+        memory = [r["peak_memory_bytes"] for r in by_setting.values() if r["peak_memory_bytes"]]
+        body.append([title, where, *rates, _memory(max(memory) if memory else None)])
+    return Table(["streaming", "device", *map(heading, settings), "peak memory"], body, labels=2)
 
 
 def zero_shot(abouts: list[About], with_paper: bool) -> Section:
