@@ -71,14 +71,61 @@ def running_perplexity(nll: NDArray[np.float32], points: int = 200) -> tuple[NDA
     return ends.astype(np.float64), np.exp(np.minimum(sums / ends, 700.0))
 
 
+def running_change(
+    nll: NDArray[np.floating], base: NDArray[np.floating], points: int = 200
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Token positions, and by how many per cent the perplexity of all tokens up to there differs from another's."""
+    ends = np.unique(np.geomspace(min(256, len(nll)), len(nll), points).astype(np.int64))
+    sums = np.cumsum(nll.astype(np.float64) - base)[ends - 1]
+    return ends.astype(np.float64), 100 * np.expm1(np.minimum(sums / ends, 100.0))
+
+
+def series(number: int) -> dict[str, Any]:
+    """Colour and line of the nth model; from the ninth on colours come again with another line."""
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": ("-", "-.", ":")[number // len(COLOURS) % 3]}
+
+
+Models = Sequence[tuple[str, Mapping[str, NDArray[np.float32]]]]
+"""The name of each model, and its losses by setting."""
+
+
 @styled
-def perplexity_figure(models: Sequence[tuple[str, Mapping[str, NDArray[np.float32]]]], settings: list[str]) -> Figure:
+def perplexity_figure(models: Models, settings: list[str]) -> Figure:
     """Perplexity up to a position: one panel per cache, one line per model, dashed where a column was left out.
 
     Args:
-        models: the name of each, and its losses by setting.
         settings: all that occur, in order; ``X-nocolumn`` shares the panel of ``X``.
     """
+    figure, axes = _position_figure(models, settings, running_perplexity, "perplexity so far")
+    axes[0].set_yscale("log")  # the panels share it
+    for axis in axes:
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
+        low, high = axis.get_ylim()
+        labelled = "25" if high > 10 * low else "2357"
+        axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, _, d=labelled: _tick(v) if f"{v:.0e}"[0] in d else ""))
+    return figure
+
+
+@styled
+def change_figure(models: Models, settings: list[str], base: NDArray[np.floating]) -> Figure:
+    """As ``perplexity_figure``, but as a change against the losses ``base`` of the same text."""
+    figure, axes = _position_figure(models, settings, lambda nll: running_change(nll, base), "change so far, %")
+    low, high = axes[0].get_ylim()
+    if max(high, -low) > 50:
+        axes[0].set_yscale("symlog", linthresh=1)
+    for axis in axes:
+        axis.axhline(0, color=INK, linewidth=0.8)
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:+,g}" if abs(v) < 1e6 else f"{v:+.0e}"))
+    return figure
+
+
+def _position_figure(
+    models: Models,
+    settings: list[str],
+    curve: Callable[[NDArray[np.float32]], tuple[NDArray[np.float64], NDArray[np.float64]]],
+    label: str,
+) -> tuple[Figure, list[Axes]]:
+    """Curves over token positions, a panel per cache with shared axes; the figure and its panels."""
     panels = list(dict.fromkeys(s.removesuffix("-nocolumn") for s in settings))
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -87,30 +134,27 @@ def perplexity_figure(models: Sequence[tuple[str, Mapping[str, NDArray[np.float3
     lines: dict[str, Any] = {}
     for place, (axis, panel) in enumerate(zip(axes.flat, panels, strict=False)):
         for number, (name, losses) in enumerate(models):
-            for setting, style, remark in ((panel, "-", ""), (f"{panel}-nocolumn", "--", " without column")):
+            for setting, style, remark in (
+                (panel, {}, ""),
+                (f"{panel}-nocolumn", {"linestyle": "--"}, " without column"),
+            ):
                 if setting in losses:
-                    x, y = running_perplexity(losses[setting])
-                    (line,) = axis.plot(x, y, style, color=COLOURS[number % len(COLOURS)], linewidth=1.6)
+                    (line,) = axis.plot(*curve(losses[setting]), linewidth=1.6, **series(number) | style)
                     lines.setdefault(name + remark, line)
         axis.set_title(f"cache {panel}" if "+" in panel else panel)
-        tidy(axis)
         axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
-        low, high = axis.get_ylim()
-        labelled = "25" if high > 10 * low else "2357"
-        axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, _, d=labelled: _tick(v) if f"{v:.0e}"[0] in d else ""))
+        tidy(axis)
         if place + columns >= len(panels):  # nothing below it
             axis.set_xlabel("tokens read")
             axis.tick_params(labelbottom=True)
         if place % columns == 0:
-            axis.set_ylabel("perplexity so far")
+            axis.set_ylabel(label)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     figure.legend(
         lines.values(), lines.keys(), loc="outside lower center", ncols=min(columns, len(lines)), frameon=False
     )
-    return figure
+    return figure, list(axes.flat[: len(panels)])
 
 
 def _tick(value: float) -> str:
@@ -123,13 +167,13 @@ def loss_figure(runs: list[tuple[str, Curve, Curve]]) -> Figure:
     figure = Figure(figsize=(7.5, 4.4), layout="constrained")
     axis = figure.subplots()
     for number, (name, (steps, losses), validation) in enumerate(runs):
-        colour = COLOURS[number % len(COLOURS)]
+        style = series(number)
         width = max(1, len(losses) // 100)
         if losses:
             smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
             thin = max(1, len(smooth) // 1000)  # more points than pixels only make files large
-            axis.plot(steps[width - 1 :: thin], smooth[::thin], color=colour, linewidth=1.4, label=name)
-        axis.plot(*validation, "o", color=colour, markersize=4, markerfacecolor="none")
+            axis.plot(steps[width - 1 :: thin], smooth[::thin], **style, linewidth=1.4, label=name)
+        axis.plot(*validation, "o", color=style["color"], markersize=4, markerfacecolor="none")
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("loss, nats per token")
     axis.set_title("training loss (lines) and validation loss (circles)")

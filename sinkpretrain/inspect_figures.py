@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from torch import Tensor
 
-from sinkpretrain.figures import COLOURS, styled, tidy
+from sinkpretrain.figures import series, styled, tidy
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,8 @@ def _panel_figure(panels: Sequence[Panel], models: Sequence[tuple[str, Mapping[s
         axis.set_xlabel(x_label)
         for number, ((name, _), curve) in enumerate(zip(models, curves, strict=True)):
             if curve:
-                style = {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.5, "marker": "o", "markersize": 3}
-                (lines[name],) = axis.plot(*curve, **style)
+                style = {"linewidth": 1.5, "marker": "o", "markersize": 3}
+                (lines[name],) = axis.plot(*curve, **series(number), **style)
         _scale_x(axis, [x for curve in curves if curve for x in curve[0]])
         if not any(np.any(curve[1]) for curve in curves if curve):
             axis.set_ylim(-0.05, 1)  # nothing but zeros: not a scale of thousandths around them

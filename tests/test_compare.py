@@ -21,7 +21,7 @@ from sinkpretrain.comparison.read import About, Run
 from sinkpretrain.comparison.sections import number
 from sinkpretrain.config import RunConfig
 from sinkpretrain.errors import UserError
-from sinkpretrain.figures import running_perplexity
+from sinkpretrain.figures import running_change, running_perplexity
 
 PYTHIA = {"n_layer": 12, "d_model": 768, "context": 2048}
 TINY = {"n_layer": 4, "d_model": 128, "context": 128}
@@ -188,6 +188,15 @@ def test_running_perplexity() -> None:
     x, y = running_perplexity(np.full(1000, np.log(7.0), dtype=np.float32))
     assert x[-1] == 1000
     assert y == pytest.approx(np.full(len(y), 7.0), rel=1e-5)
+
+
+def test_running_change() -> None:
+    """Twice the perplexity in the second half: +41 % over all, which is the square root of 2."""
+    base = np.full(1000, 2.0)
+    x, y = running_change(base + np.repeat([0.0, np.log(2)], 500), base)
+    assert x[-1] == 1000
+    assert y[x <= 500] == pytest.approx(0)
+    assert y[-1] == pytest.approx(100 * (2**0.5 - 1))
 
 
 def test_other_text_is_refused(tmp_path: Path) -> None:

@@ -44,6 +44,11 @@ class Group:
             if setting in losses
         ]
 
+    def mean_losses(self, setting: str) -> NDArray[np.floating]:
+        """Losses [tokens - 1], mean over the seeds."""
+        found = [losses for _, losses in self.of(setting)]
+        return found[0] if len(found) == 1 else np.mean(found, axis=0, dtype=np.float64)
+
     def reference(self, setting: str) -> str | None:
         """The cache as large as ``setting`` with the most initial positions; None if it is no cache."""
         kind, size, *_ = setting_order(setting)
@@ -167,7 +172,7 @@ def difference(a: Group, setting: str, b: Group, reference: str) -> Record:
     ``seed_high``: t-interval over the differences of single seeds, where both have the same seeds, at least two.
     """
     of_a, of_b = a.of(setting), b.of(reference)
-    mean, low, high = paired_difference(_mean([x for _, x in of_a]), _mean([x for _, x in of_b]))
+    mean, low, high = paired_difference(a.mean_losses(setting), b.mean_losses(reference))
     seeds = None
     if a is b or (None not in {s for s, _ in (*of_a, *of_b)} and {s for s, _ in of_a} == {s for s, _ in of_b}):
         pairs = zip(of_a, of_b, strict=True) if a is b else ((x, (x[0], dict(of_b)[x[0]])) for x in of_a)
@@ -185,15 +190,6 @@ def difference(a: Group, setting: str, b: Group, reference: str) -> Record:
         "seed_low": seeds[0] if seeds else None,
         "seed_high": seeds[1] if seeds else None,
     }
-
-
-def _mean(losses: list[Losses]) -> NDArray[np.floating]:
-    if len(losses) == 1:
-        return losses[0]
-    total = np.zeros(len(losses[0]), dtype=np.float64)
-    for values in losses:
-        total += values
-    return total / len(losses)
 
 
 def percent(nats: float) -> float:

@@ -84,6 +84,16 @@ def perplexity(results: list[Result], groups: list[Group], settings: list[str], 
             figures.perplexity_figure(curves, settings),
         )
     )
+    base = next((g for g in groups if g.mechanism == "vanilla"), None)
+    reference = base.reference(settings[0]) if base else None
+    if base and reference and len(curves) > 1:
+        blocks.append(
+            Picture(
+                "change",
+                f"The same as a change against {base.title} at {heading(reference)}: below the line is better.",
+                figures.change_figure(curves, settings, base.mean_losses(reference)),
+            )
+        )
     return Section("Streaming perplexity", blocks)
 
 
