@@ -181,7 +181,7 @@ def generate(
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     net = loaded.model.to(where, kind)
     sampler = Sampler(sampling, forbidden(net, codec), torch.Generator(where).manual_seed(seed))
-    engine = Engine(net, chosen)
+    engine = Engine(net, chosen, tracks_ids=sampler.reads_cached)
     session = Session(engine, TokenStream(engine, sampler), codec, stops, max_tokens, ignore_eod)
     try:
         if interactive:
@@ -313,6 +313,6 @@ def figures(session: Session, device: torch.device) -> str:
         )
     if c.read:
         parts.append(f"{c.read:,} tokens read in {c.read_seconds:.2f} s")
-    parts.append(f"cache {session.engine.cache}: {session.engine.memory_bytes() / 2**20:,.1f} MiB")
+    parts.append(f"cache {session.engine.cache}: {session.engine.rings.memory_bytes() / 2**20:,.1f} MiB")
     parts.append(f"peak memory {peak_memory(device) / 2**20:,.0f} MiB")
     return "; ".join(parts)

@@ -124,15 +124,15 @@ def test_nothing_grows_and_nothing_moves(net: GPTNeoX) -> None:
     """Many times the cache, at random: every buffer is where it was, and the stream goes on."""
     engine = Engine(net, Cache(4, 12), block=8)
     engine.read([1, 2, 3])
-    tensors = [t for b in engine.buffers.values() for t in (b.k, b.v)] + [engine.logits_V, engine.token_1]
-    before, size = [t.data_ptr() for t in tensors], engine.memory_bytes()
+    tensors = [t for b in engine.rings.buffers.values() for t in (b.k, b.v)] + [engine.logits_V, engine.token_1]
+    before, size = [t.data_ptr() for t in tensors], engine.rings.memory_bytes()
     tokens = list(itertools.islice(TokenStream(engine, sampler(net)), 300))
     assert max(tokens) < 96
     assert len(set(tokens)) > 10
-    after = [t for b in engine.buffers.values() for t in (b.k, b.v)] + [engine.logits_V, engine.token_1]
+    after = [t for b in engine.rings.buffers.values() for t in (b.k, b.v)] + [engine.logits_V, engine.token_1]
     assert [t.data_ptr() for t in after] == before
-    assert engine.memory_bytes() == size
-    assert int(engine.count_1) == len(net.prefix_ids) + 3 + 300
+    assert engine.rings.memory_bytes() == size
+    assert engine.count == len(net.prefix_ids) + 3 + 300
 
 
 def test_a_trillion_tokens_later_it_is_as_exact(vanilla: GPTNeoX) -> None:
@@ -142,7 +142,7 @@ def test_a_trillion_tokens_later_it_is_as_exact(vanilla: GPTNeoX) -> None:
     for engine in (young, old):
         engine.read(ids[:40].tolist())
     with torch.inference_mode():
-        old.count_1.add_(old.layout.ring * 10**10)
+        old.rings.count_1.add_(old.rings.layout.ring * 10**10)
     for token in ids[40:]:
         assert torch.equal(young.step(int(token)), old.step(int(token)))
 
