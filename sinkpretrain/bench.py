@@ -1,4 +1,4 @@
-"""``sinkpretrain bench``: how fast training is, measured as a user would meet it, with peers in the same run."""
+"""``sinkpretrain bench train``: how fast training is, measured as a user would meet it, with peers in the same run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +34,6 @@ SYNTHETIC_TOKENS = 20_000_000
 
 
 def bench(
-    what: Literal["train"],
     out: str,
     model: str = "pythia-160m",
     sinks: str = "vanilla",
@@ -49,7 +48,6 @@ def bench(
     """Tokens per second of training, through the real trainer and data path, on random tokens.
 
     Args:
-        what: what to measure.
         out: JSON file for the figures.
         model: recipe of the model.
         sinks: recipes of sink mechanisms, separated by commas.
@@ -73,7 +71,7 @@ def bench(
         if peer not in PEERS:
             raise UserError(f"unknown peer {peer!r}; known: {', '.join(PEERS)}.")
     cuda = torch.cuda.is_available()
-    report: dict[str, Any] = {"what": what, **provenance("cuda" if cuda else "cpu"), "figures": []}
+    report: dict[str, Any] = {"what": "train", **provenance("cuda" if cuda else "cpu"), "figures": []}
     report["matmul_flops_per_second"] = ceiling = matmul_rate()
     with tempfile.TemporaryDirectory() as folder:
         base = load_yaml(RunConfig, recipe_path(model))

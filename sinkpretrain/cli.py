@@ -39,7 +39,7 @@ COMMANDS = {
     ),
     "generate": Command("sinkpretrain.commands", "generate", "text without end at constant memory, or a conversation"),
     "export": Command("sinkpretrain.commands", "export", "a Hugging Face folder from a run"),
-    "bench": Command("sinkpretrain.commands", "bench", "how fast training is on this machine, beside its peers"),
+    "bench": Command("sinkpretrain.commands", "bench", "how fast training and decoding are on this machine"),
     "demo": Command("sinkpretrain.commands", "demo", "the whole path in a few minutes, without a network"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -266,8 +267,23 @@ def demo(argv: Sequence[str]) -> int:
     return 0
 
 
-def bench(argv: Sequence[str]) -> int:
-    from sinkpretrain.bench import bench as run
+BENCHMARKS = {
+    "train": ("sinkpretrain.bench", "bench", "training, beside other implementations"),
+    "decode": ("sinkpretrain.bench_decode", "bench_decode", "one more token: streaming beside re-computation"),
+}
 
-    run(**_arguments("bench", run, argv))
+
+def bench(argv: Sequence[str]) -> int:
+    if argv and argv[0] in ("-h", "--help"):
+        print("usage: sinkpretrain bench WHAT ...\n\nHow fast, on this machine:")
+        print("\n".join(f"  {name:<8} {summary}" for name, (_, _, summary) in BENCHMARKS.items()))
+        print("\nsinkpretrain bench WHAT --help tells more.")
+        raise SystemExit(0)
+    if not argv or argv[0] not in BENCHMARKS:
+        near = difflib.get_close_matches(argv[0], BENCHMARKS, n=1) if argv else []
+        hint = f"did you mean {near[0]}?" if near else f"say one of {', '.join(BENCHMARKS)}."
+        raise UserError(f"{argv[0]!r} is nothing to measure; {hint}" if argv else f"what is to be measured? {hint}")
+    module, name, _ = BENCHMARKS[argv[0]]
+    run = getattr(importlib.import_module(module), name)
+    run(**_arguments(f"bench {argv[0]}", run, argv[1:]))
     return 0

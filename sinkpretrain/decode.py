@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sinkpretrain.errors import UserError
 from sinkpretrain.language import LanguageModel
-from sinkpretrain.ring import Layout
+from sinkpretrain.ring import Layout, Places
 from sinkpretrain.ring_attention import RingAttention, Rings
 from sinkpretrain.sampling import NOT_FINITE, Sampler
 from sinkpretrain.streaming import Cache
@@ -24,8 +24,8 @@ from sinkpretrain.streaming import Cache
 BLOCK = 128
 """Most tokens per forward; longer texts are read in several."""
 
-WARM_UP = 3
-"""Steps before one is captured: kernels are compiled and workspaces allocated in the first."""
+WARM_UP = 2
+"""Calls before one is captured: kernels are compiled and workspaces allocated in the first."""
 
 
 class Engine:
@@ -99,17 +99,45 @@ class Engine:
         one = len(tokens_T) == 1
         self.logits_V.copy_(self._trunk(tokens_T) if one else self._last_logits(tokens_T))
         if self.tracks_ids or not one:
-            places = self.rings.places(len(tokens_T))
+            places = Places(self.rings.layout, self.rings.positions(len(tokens_T)))
             self._ids_S.index_copy_(0, places.slot, tokens_T)
             self.cached_S.copy_(torch.where(places.visible[-1], self._ids_S, -1))
         self.rings.count_1.add_(len(tokens_T))
 
     def _last_logits(self, tokens_T: Tensor) -> Tensor:
-        places = self.rings.places(len(tokens_T))
-        learned = None if self.model.learned_positions is None else places.place
-        hidden_BTC = self.model.hidden(tokens_T[None], RingAttention(self.rings, places), learned)
+        length = len(tokens_T)
+        learned = None
+        if self.model.learned_positions is not None:  # in-cache positions, as everywhere
+            learned = self.rings.positions(length).clamp(max=self.cache.size)
+        hidden_BTC = self.model.hidden(tokens_T[None], RingAttention(self.rings, length), learned)
         logits: Tensor = self.model.head(hidden_BTC[0, -1])
         return logits
+
+
+class Replayed:
+    """A function that always does the same on the same tensors; on a GPU, captured in a CUDA graph and replayed.
+
+    Args:
+        function: without arguments or result.
+        generator: what it draws from.
+    """
+
+    def __init__(self, function: Callable[[], None], generator: torch.Generator) -> None:
+        self.function, self.generator = function, generator
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._calls = 0
+
+    def __call__(self) -> None:
+        self._calls += 1
+        if self._graph is None and self.generator.device.type == "cuda" and self._calls > WARM_UP:
+            self._graph = torch.cuda.CUDAGraph()
+            self._graph.register_generator_state(self.generator)
+            with torch.cuda.graph(self._graph):
+                self.function()
+        if self._graph is None:
+            self.function()
+        else:
+            self._graph.replay()
 
 
 class TokenStream:
@@ -123,16 +151,14 @@ class TokenStream:
         assert engine.tracks_ids or not sampler.reads_cached
         self.engine, self.sampler = engine, sampler
         self._drawn_1 = torch.zeros_like(engine.token_1)
-        self._on_gpu = engine.device.type == "cuda"
-        self._host = torch.zeros(2, dtype=torch.int64, pin_memory=self._on_gpu)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._steps = 0
+        self._advance = Replayed(self._step_and_draw, sampler.generator)
+        self._outbox = Outbox(engine.device)
 
     def __iter__(self) -> Iterator[int]:
         """Draw from what was read last; raises UserError where the model's predictions are not finite."""
         self._draw()
         while True:
-            look = self._fetch()
+            look = self._outbox.send(self._drawn_1)
             self._advance()
             token = look()
             if token == NOT_FINITE:
@@ -142,13 +168,32 @@ class TokenStream:
                 )
             yield token
 
-    def _fetch(self) -> Callable[[], int]:
-        """Send the drawn token to the host; the function returned waits for it and nothing else."""
+    @torch.inference_mode()
+    def _draw(self) -> None:
+        drawn_1 = self.sampler(self.engine.logits_V, self.engine.cached_S)
+        self._drawn_1.copy_(drawn_1)
+        self.engine.token_1.copy_(drawn_1.clamp(min=0))  # for what is no number, some token
+
+    def _step_and_draw(self) -> None:
+        self.engine.step()
+        self._draw()
+
+
+class Outbox:
+    """Brings numbers from the device to the host without waiting for what the device was told to do after them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._places = [torch.zeros(1, dtype=torch.int64, pin_memory=self._on_gpu) for _ in range(2)]
+
+    def send(self, number_1: Tensor) -> Callable[[], int]:
+        """Returns the function that waits for the number; it must be called before the next but one is sent."""
         if not self._on_gpu:
-            token = int(self._drawn_1)
-            return lambda: token
-        place = self._host[self._steps % 2]
-        place.copy_(self._drawn_1[0], non_blocking=True)
+            number = int(number_1)
+            return lambda: number
+        place = self._places[0]
+        self._places.reverse()
+        place.copy_(number_1, non_blocking=True)
         sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
         sent.record()
 
@@ -157,28 +202,3 @@ class TokenStream:
             return int(place)
 
         return look
-
-    @torch.inference_mode()
-    def _draw(self) -> None:
-        drawn_1 = self.sampler(self.engine.logits_V, self.engine.cached_S)
-        self._drawn_1.copy_(drawn_1)
-        self.engine.token_1.copy_(drawn_1.clamp(min=0))  # for what is no number, some token
-
-    def _advance(self) -> None:
-        self._steps += 1
-        if self._graph is not None:
-            self._graph.replay()
-        elif self._on_gpu and self._steps > WARM_UP:
-            self._graph = self._captured()
-            self._graph.replay()
-        else:
-            self.engine.step()
-            self._draw()
-
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.sampler.generator)
-        with torch.inference_mode(), torch.cuda.graph(graph):
-            self.engine.step()
-            self._draw()
-        return graph

@@ -19,7 +19,6 @@ Letters of the axes: B batch, H heads, K heads of keys and values, T queries, S 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,74 +48,39 @@ class Layout:
 
 
 class Places:
-    """Where the T tokens behind the first ones are written and what they see: arithmetic on positions, on the device.
+    """Where T tokens are written and what they see: arithmetic on positions, on the device.
 
-    Nothing is computed before it is asked for.
+    Attributes:
+        index: places in the ring, int64 [T]; without meaning for the first x tokens.
+        slot: slots of the buffer, int64 [T].
+        key: positions that keys are rotated to, int64 [T].
+        place: in-cache positions of the queries, int64 [T]: where they stand towards the first x keys.
+        older: which keys of the ring a query sees from the lap after theirs, bool [T, ring].
+        distance: how far in the cache each slot's key lies before the query, int64 [T, S]; negative if it comes later.
+        visible: which slots a query sees, bool [T, S]: the first x, the y before it and its own.
 
     Args:
         layout: slots of the buffers.
-        first_1: int64 [1], tokens that were read before; a tensor, so that a captured graph can be replayed.
-        length: T.
+        position: places of the tokens in the text, int64 [T]; they follow each other.
     """
 
-    def __init__(self, layout: Layout, first_1: Tensor, length: int) -> None:
-        assert length <= layout.block, (length, layout.block)
-        self.layout, self.first_1, self.length = layout, first_1, length
-
-    @cached_property
-    def position(self) -> Tensor:
-        """Places in the text."""
-        return (
-            self.first_1 if self.length == 1 else self.first_1 + torch.arange(self.length, device=self.first_1.device)
-        )
-
-    @cached_property
-    def index(self) -> Tensor:
-        """Places in the ring, int64 [T]; without meaning for the first x."""
-        return (self.position - self.layout.cache.start) % self.layout.ring
-
-    @cached_property
-    def slot(self) -> Tensor:
-        """Slots of the buffer, int64 [T]."""
-        x = self.layout.cache.start
-        return torch.where(self.position < x, self.position, x + self.index)
-
-    @cached_property
-    def key(self) -> Tensor:
-        """Positions that keys are rotated to, int64 [T]."""
-        return torch.where(self.position < self.layout.cache.start, self.position, self.index)
-
-    @cached_property
-    def place(self) -> Tensor:
-        """In-cache positions of the queries, int64 [T]: where they stand towards the first x keys."""
-        return self.position.clamp(max=self.layout.cache.size)
-
-    @cached_property
-    def older(self) -> Tensor:
-        """Which keys of the ring a query sees from the lap after theirs, bool [T, ring]."""
-        return torch.arange(self.layout.ring, device=self.first_1.device) > self.index[:, None]
-
-    @cached_property
-    def held(self) -> Tensor:
-        """Places in the text of the tokens that the ring holds, int64 [ring]; below x where it holds none yet."""
-        newest_1 = self.first_1 + (self.length - 1)
-        index_R = torch.arange(self.layout.ring, device=self.first_1.device)
-        return newest_1 - (newest_1 - self.layout.cache.start - index_R) % self.layout.ring
-
-    @cached_property
-    def distance(self) -> Tensor:
-        """How far in the cache each slot's key lies before the query, int64 [T, S]; negative if it comes later."""
-        start_X = torch.arange(self.layout.cache.start, device=self.first_1.device)
-        ring_TR = self.position[:, None] - self.held
-        return torch.cat((self.place[:, None] - start_X, ring_TR), dim=1)
-
-    @cached_property
-    def visible(self) -> Tensor:
-        """Which slots a query sees, bool [T, S]: the first x, the y before it and its own."""
-        x = self.layout.cache.start
-        in_ring_TR = (self.held >= x) & (self.distance[:, x:] <= self.layout.cache.recent)
-        start_TX = torch.ones(self.length, x, dtype=torch.bool, device=self.first_1.device)
-        return torch.cat((start_TX, in_ring_TR), dim=1) & (self.distance >= 0)
+    def __init__(self, layout: Layout, position: Tensor) -> None:
+        assert len(position) <= layout.block, (len(position), layout.block)
+        x, ring, size = layout.cache.start, layout.ring, layout.cache.size
+        start_X, ring_R = (torch.arange(n, device=position.device) for n in (x, ring))
+        early = position < x
+        self.index = (position - x) % ring
+        self.slot = torch.where(early, position, x + self.index)
+        self.key = torch.where(early, position, self.index)
+        self.place = position.clamp(max=size)
+        self.older = ring_R > self.index[:, None]
+        # The places in the text of what the ring holds once the tokens are written; below x where that is nothing.
+        newest_1 = position[-1:]
+        held_R = newest_1 - (newest_1 - x - ring_R) % ring
+        self.distance = torch.cat((self.place[:, None] - start_X, position[:, None] - held_R), dim=1)
+        held_S = torch.cat((torch.full_like(start_X, x), held_R))
+        near = torch.cat((torch.full_like(start_X, size), torch.full_like(ring_R, layout.cache.recent)))
+        self.visible = (self.distance >= 0) & (self.distance <= near) & (held_S >= x)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Letters of the axes: B batch, H heads, K heads of keys and values, T queries, S 
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,9 +36,9 @@ class Rings:
 
         return OneToken(self.layout, self.rope, self.count_1, self.model.slopes, self.model.pinned)
 
-    def places(self, length: int) -> Places:
-        """Of the tokens to come."""
-        return Places(self.layout, self.count_1, length)
+    def positions(self, length: int) -> Tensor:
+        """Places in the text of the tokens to come, int64 [T]."""
+        return self.count_1 if length == 1 else self.count_1 + torch.arange(length, device=self.device)
 
     def buffer(self, layer: int, k: Tensor, v: Tensor) -> LayerBuffer:
         """A layer's buffer, made when its first token comes."""
@@ -53,11 +52,20 @@ class Rings:
 
 
 class RingAttention:
-    """The attention function (``Attend``) of one forward over rings; what it needs is computed when it is needed."""
+    """The attention function (``Attend``) of one forward of T tokens over rings."""
 
-    def __init__(self, rings: Rings, places: Places) -> None:
-        self.rings, self.places = rings, places
+    def __init__(self, rings: Rings, length: int) -> None:
+        self.rings, self.length = rings, length
+        self._places: Places | None = None
+        self._ropes: list[tuple[Tensor, Tensor]] = []
         self._seen: dict[int | None, Seen] = {}
+
+    @property
+    def places(self) -> Places:
+        """Made when they are asked for: the kernels for one token do without."""
+        if self._places is None:
+            self._places = Places(self.rings.layout, self.rings.positions(self.length))
+        return self._places
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> Tensor:
         buffer, window = self.rings.buffer(layer, k, v), self.rings.model.windows[layer]
@@ -66,34 +74,33 @@ class RingAttention:
         def column(q_place: Tensor) -> sinks.Column | None:
             return sink.column(q_place, self.seen(window).visible.sum(-1))
 
-        if self.places.length == 1 and self.rings.one_token is not None and sink.weigher is None:
+        if self.length == 1 and self.rings.one_token is not None and sink.weigher is None:
             return self.rings.one_token((q, k, v), buffer, window, column if has_column else None)
 
-        buffer.k.index_copy_(2, self.places.slot, rotate(k, *self.ropes[0]))
+        rope_k, rope_place, rope_same, rope_before = self.ropes()
+        buffer.k.index_copy_(2, self.places.slot, rotate(k, *rope_k))
         buffer.v.index_copy_(2, self.places.slot, v)
-        q_place = rotate(q, *self.ropes[1])
-        logits = self._logits(q, q_place, buffer)
+        x = self.rings.layout.cache.start
+        start_k, ring_k = buffer.k[:, :, :x], buffer.k[:, :, x:]
+        q_place = rotate(q, *rope_place)
+        same, before = grouped_logits(rotate(q, *rope_same), ring_k), grouped_logits(rotate(q, *rope_before), ring_k)
+        from_ring = torch.where(self.places.older, before, same)
+        logits = torch.cat((grouped_logits(q_place, start_k), from_ring), dim=-1)
+        seen = self.seen(window)
         if sink.weigher is not None:
-            return grouped_values(sink.weigher(logits, self.seen(window).visible), buffer.v)
-        logits = logits + self.seen(window).bias
+            return grouped_values(sink.weigher(logits, seen.visible), buffer.v)
+        logits = logits + seen.bias
         lse = torch.logsumexp(logits, dim=-1)
         out = grouped_values(torch.exp(logits - lse.unsqueeze(-1)), buffer.v)
         return merge_column(out, lse, column(q_place) if has_column else None)
 
-    def _logits(self, q: Tensor, q_place: Tensor, buffer: LayerBuffer) -> Tensor:
-        """The query from its three places, [B, H, T, S]."""
-        x = self.rings.layout.cache.start
-        start_k, ring_k = buffer.k[:, :, :x], buffer.k[:, :, x:]
-        same = grouped_logits(rotate(q, *self.ropes[2]), ring_k)
-        before = grouped_logits(rotate(q, *self.ropes[3]), ring_k)
-        return torch.cat((grouped_logits(q_place, start_k), torch.where(self.places.older, before, same)), dim=-1)
-
-    @cached_property
     def ropes(self) -> list[tuple[Tensor, Tensor]]:
-        """For keys; for queries at their in-cache position, in their lap, and from the lap after."""
-        cos, sin = self.rings.rope
-        at = self.places
-        return [(cos[p], sin[p]) for p in (at.key, at.place, at.index, at.index + self.rings.layout.ring)]
+        """For keys; for queries at their in-cache position, in their own lap, and in the lap after."""
+        if not self._ropes:
+            (cos, sin), at = self.rings.rope, self.places
+            turns = (at.key, at.place, at.index, at.index + self.rings.layout.ring)
+            self._ropes = [(cos[turn], sin[turn]) for turn in turns]
+        return self._ropes
 
     def seen(self, window: int | None) -> Seen:
         """What the queries see in a layer with this window."""

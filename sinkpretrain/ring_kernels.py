@@ -26,7 +26,7 @@ TILE = 64
 MOST_PARTS = 32
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _rotated(own, partner, cos, sin, at, d, R: tl.constexpr):  # type: ignore[no-untyped-def]
     """A head [D] at position ``at``; ``partner`` are the dimensions that each is turned with, signs included."""
     c = tl.load(cos + at * R + d, mask=d < R, other=1.0)

@@ -49,3 +49,12 @@ def zero_shot(mechanism: str, task: str, shape: dict[str, Any]) -> float | None:
 def is_papers(shape: dict[str, Any]) -> bool:
     """Whether a model has the shape of the paper's, Pythia-160M."""
     return (shape.get("n_layer"), shape.get("d_model"), shape.get("context")) == (12, 768, 2048)
+
+
+FIGURE_10_CITATION = "Xiao et al. 2023, arXiv 2309.17453, figure 10 (one A6000)"
+
+FIGURE_10 = {
+    "llama-2-7b": {256: (63, 31), 512: (103, 31), 1024: (223, 35), 2048: (523, 45), 4096: (1411, 65)},
+    "llama-2-13b": {256: (99, 48), 512: (169, 52), 1024: (361, 60), 2048: (860, 75), 4096: (2355, 106)},
+}
+"""Milliseconds per token, sliding window with re-computation and streaming, by model and size of the cache."""
