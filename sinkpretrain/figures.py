@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 
 from sinkpretrain.files import write_atomically
@@ -64,7 +64,7 @@ Curve = tuple[list[int], list[float]]
 """Steps and losses."""
 
 
-def running_perplexity(nll: NDArray[np.float32], points: int = 200) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def running_perplexity(nll: NDArray[np.floating], points: int = 200) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Token positions and the perplexity of all tokens up to there, for losses [tokens]."""
     ends = np.unique(np.geomspace(min(16, len(nll)), len(nll), points).astype(np.int64))
     sums = np.cumsum(nll, dtype=np.float64)[ends - 1]
@@ -85,7 +85,7 @@ def series(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": ("-", "-.", ":")[number // len(COLOURS) % 3]}
 
 
-Models = Sequence[tuple[str, Mapping[str, NDArray[np.float32]]]]
+Models = Sequence[tuple[str, Mapping[str, NDArray[np.floating]]]]
 """The name of each model, and its losses by setting."""
 
 
@@ -110,19 +110,20 @@ def perplexity_figure(models: Models, settings: list[str]) -> Figure:
 def change_figure(models: Models, settings: list[str], base: NDArray[np.floating]) -> Figure:
     """As ``perplexity_figure``, but as a change against the losses ``base`` of the same text."""
     figure, axes = _position_figure(models, settings, lambda nll: running_change(nll, base), "change so far, %")
-    low, high = axes[0].get_ylim()
-    if max(high, -low) > 50:
+    values = np.concatenate([line.get_ydata() for axis in axes for line in axis.lines])
+    if np.nanmax(np.abs(values)) > 50:
         axes[0].set_yscale("symlog", linthresh=1)
+        axes[0].set_ylim(min(-1.0, 2 * np.nanmin(values)), 2 * np.nanmax(values))
     for axis in axes:
         axis.axhline(0, color=INK, linewidth=0.8)
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:+,g}" if abs(v) < 1e6 else f"{v:+.0e}"))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _signed(v)))
     return figure
 
 
 def _position_figure(
     models: Models,
     settings: list[str],
-    curve: Callable[[NDArray[np.float32]], tuple[NDArray[np.float64], NDArray[np.float64]]],
+    curve: Callable[[NDArray[np.floating]], tuple[NDArray[np.float64], NDArray[np.float64]]],
     label: str,
 ) -> tuple[Figure, list[Axes]]:
     """Curves over token positions, a panel per cache with shared axes; the figure and its panels."""
@@ -143,6 +144,8 @@ def _position_figure(
                     lines.setdefault(name + remark, line)
         axis.set_title(f"cache {panel}" if "+" in panel else panel)
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         tidy(axis)
         if place + columns >= len(panels):  # nothing below it
             axis.set_xlabel("tokens read")
@@ -155,6 +158,10 @@ def _position_figure(
         lines.values(), lines.keys(), loc="outside lower center", ncols=min(columns, len(lines)), frameon=False
     )
     return figure, list(axes.flat[: len(panels)])
+
+
+def _signed(value: float) -> str:
+    return "0" if value == 0 else f"{value:+,g}" if abs(value) < 1e6 else f"{value:+.0e}"
 
 
 def _tick(value: float) -> str:

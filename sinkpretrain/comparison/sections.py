@@ -53,7 +53,8 @@ def sections(found: Found, groups: list[Group], settings: list[str], with_paper:
         parts.append(training(found))
     if found.inspections or any(r.probes for r in found.runs):
         parts.append(sinks(found))
-    if found.results or any(numbers.training(r)["tokens_per_second"] for r in found.runs):
+    rates = [*map(numbers.training, found.runs), *numbers.streaming_speed(found.results)]
+    if any(r["tokens_per_second"] for r in rates):
         parts.append(speed(found))
     if found.zero_shot:
         parts.append(zero_shot(found.zero_shot, with_paper))
@@ -75,7 +76,7 @@ def perplexity(results: list[Result], groups: list[Group], settings: list[str], 
     if any(len(g.results) > 1 for g in groups):
         blocks.append("Several seeds (n): their mean, ± half of its 95 % t-interval over seeds.")
     blocks += conditions(results)
-    curves = [(title, nll) for g in groups for title, nll in _member_names(g)]
+    curves = [(row_title(g), {s: g.mean_losses(s) for s in settings if g.of(s)}) for g in groups]
     blocks.append(
         Picture(
             "perplexity",
@@ -118,11 +119,6 @@ def papers_table() -> Table:
     return Table(["mechanism", *settings], rows)
 
 
-def _member_names(g: Group) -> list[tuple[str, dict[str, Any]]]:
-    names = [g.title] if len(g.results) == 1 else [f"{g.title}: {r.name}" for r in g.results]
-    return list(zip(names, g.losses, strict=True))
-
-
 def number(value: float | None) -> str:
     """A perplexity as the paper prints it: two decimals, none above 1,000."""
     if value is None:
@@ -136,7 +132,8 @@ def cell(entry: Record | None, with_paper: bool) -> str:
         return ""
     text = number(entry["mean"])
     if entry["high"] is not None:
-        text += f" ± {number(entry['high'] - entry['mean'])}"
+        half = entry["high"] - entry["mean"]
+        text += f" ± {half:,.0f}" if entry["mean"] >= 1000 else f" ± {number(half)}"
     return f"{text} ({number(entry['paper'])})" if with_paper and entry["paper"] else text
 
 
@@ -340,8 +337,9 @@ def speed(found: Found) -> Section:
     blocks: list[Block] = []
     if any(numbers.training(r)["tokens_per_second"] for r in found.runs):
         blocks.append(training_speed_table([numbers.training(r) for r in found.runs]))
-    if found.results:
-        blocks.append(streaming_speed_table(numbers.streaming_speed(found.results)))
+    streaming = numbers.streaming_speed(found.results)
+    if any(r["tokens_per_second"] for r in streaming):
+        blocks.append(streaming_speed_table(streaming))
     blocks.append(
         "Training: median tokens/s over the run. Streaming: tokens/s of each setting. Memory: of the GPU, or of the "
         "whole process on a CPU. Speeds of different devices, or of one that others used too, do not compare."
