@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,12 +39,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of a results file: a strategy with its cache or window, and whether a softmax column was left out."""
+    """One row of a results file: a strategy with its cache or window, and what was changed about model and text.
+
+    column: whether a softmax column was left out.
+    initial: the id that stands in place of the text's tokens among the first x.
+    """
 
     strategy: str
     cache: Cache | None = None
     window: int | None = None
     column: Literal["kept", "dropped"] | None = None
+    initial: int | None = None
 
     @property
     def name(self) -> str:
@@ -54,6 +59,7 @@ class Setting:
         if self.cache is None:
             return self.strategy
         name = str(self.cache) + ("-nocolumn" if self.column == "dropped" else "")
+        name += f"-initial-{self.initial}" if self.initial is not None else ""
         return f"{name}-token-loop" if self.strategy == "token-loop" else name
 
     @property
@@ -70,14 +76,27 @@ class Setting:
             assert self.window is not None
             return recompute_nll(model, ids, self.window, batch=batch, advance=advance)
         assert self.cache is not None
+        if self.initial is not None:
+            ids = with_initial(ids, self.cache.start - len(model.prefix_ids), self.initial)
         if self.strategy == "token-loop":
             return token_loop_nll(model, ids, self.cache, drop_column=dropped, advance=advance)
         return stream_nll(model, ids, self.cache, block=block, drop_column=dropped, advance=advance)
 
 
-def settings_for(model: LanguageModel, caches: str, strategies: str, window: int | None) -> list[Setting]:
+def with_initial(ids: Ids, count: int, by: int) -> Ids:
+    """The text with another token in place of each of its first ``count``."""
+    replaced = np.array(ids)
+    replaced[:count] = by
+    return replaced
+
+
+def settings_for(
+    model: LanguageModel, caches: str, strategies: str, window: int | None, initial: int | None = None
+) -> list[Setting]:
     """The settings that the command line asks for, in order; raises UserError.
 
+    With ``initial``, each cache that keeps tokens of the text's beginning is evaluated a second time, with that id in
+    their place (table 1 of StreamingLLM, arXiv 2309.17453: is it their meaning or their position that matters?).
     Without an initial position in the cache, a mechanism with a softmax column can be read in two ways: with its
     column, as trained, or without ("drop the +1 at test time"). Both are evaluated and labelled.
     """
@@ -103,6 +122,10 @@ def settings_for(model: LanguageModel, caches: str, strategies: str, window: int
                 found.append(Setting(strategy, cache, column="kept" if has_column else None))
                 if has_column and cache.start == 0:
                     found.append(Setting(strategy, cache, column="dropped"))
+                if initial is not None and cache.start > len(model.prefix_ids):
+                    found.append(replace(found[-1], initial=initial))
+    if initial is not None and not any(s.initial is not None for s in found):
+        raise UserError("--replace-initial needs a cache x+y that keeps tokens of the text: x above the sink tokens.")
     return list({s.name: s for s in found}.values())
 
 
@@ -116,6 +139,7 @@ def stream(
     split: str = "",
     window: int = 0,
     max_tokens: int = 0,
+    replace_initial: str = "",
     dtype: Literal["float32", "bfloat16", "float64"] = "float32",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     block: int = 1024,
@@ -136,6 +160,8 @@ def stream(
         split: split of a prepared folder; by default validation if there is one, else train.
         window: tokens per window of the strategies window and recompute; by default the largest cache.
         max_tokens: use only so many tokens from the start; 0 means all.
+        replace_initial: a token id, or a text of one token ("\\n"): evaluate each cache with initial positions a second
+            time with this token in place of the text's first x.
         dtype: of weights and activations; losses are computed in float32 in any case.
         device: where to compute.
         block: tokens per forward; changes speed and memory, not the numbers.
@@ -152,7 +178,8 @@ def stream(
         raise UserError("--out is missing; name a folder for the results.")
     loaded = load_model(model)
     ids, about_tokens = read_ids(tokens, text, split, max_tokens, loaded)
-    settings = settings_for(loaded.model, cache, strategy, window or None)
+    initial = one_token(replace_initial, loaded) if replace_initial else None
+    settings = settings_for(loaded.model, cache, strategy, window or None, initial)
     check_ids(ids, settings, loaded)
     where = choose_device(device)
     if block < 1 or batch < 1:
@@ -190,6 +217,7 @@ def summary(setting: Setting, nll: Losses, seconds: float, device: torch.device)
         "recent": setting.cache.recent if setting.cache else None,
         "window": setting.window,
         "column": setting.column,
+        "initial": setting.initial,
         "ppl": perplexity(nll),
         "nll": float(nll.mean(dtype=np.float64)),
         "ppl_beyond_cache": perplexity(late) if len(late) and setting.beyond else None,
@@ -271,6 +299,30 @@ def _ids_from_text(text: str, loaded: LoadedModel) -> Ids:
     if not parts:
         raise UserError(f"{text} holds no text.")
     return np.concatenate(parts)
+
+
+def one_token(text: str, loaded: LoadedModel) -> int:
+    """The id that ``--replace-initial`` names: a number, or a text (with \\n for a line break) that is one token.
+
+    Raises:
+        UserError: the model has no such id, no tokenizer, or the text is not one token.
+    """
+    known = loaded.model.config.tokenizer_size
+    if text.isascii() and text.isdigit():
+        if int(text) >= known:
+            raise UserError(f"--replace-initial {text} is not an id of {loaded.name}, which has 0 .. {known - 1}.")
+        return int(text)
+    if loaded.tokenizer is None:
+        raise UserError(f"{loaded.name} comes without a tokenizer; give --replace-initial a token id.")
+    from data_prep.tokenizer import load_tokenizer
+
+    plain = text.replace("\\n", "\n").replace("\\t", "\t")
+    ids: list[int] = load_tokenizer(str(loaded.tokenizer)).load().encode(plain, add_special_tokens=False).ids
+    if len(ids) != 1:
+        raise UserError(
+            f"--replace-initial {text!r} is {len(ids)} tokens for {loaded.name}; give a text of one, or an id."
+        )
+    return ids[0]
 
 
 def check_ids(ids: Ids, settings: list[Setting], loaded: LoadedModel) -> None:

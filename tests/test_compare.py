@@ -356,6 +356,14 @@ def test_sizes_and_steps_are_rows_of_their_own(tmp_path: Path) -> None:
     ]
 
 
+def test_replaced_initial_tokens_stand_against_the_texts_own(tmp_path: Path) -> None:
+    a = make_result(tmp_path / "a", "vanilla", {"4+60-initial-187": 18.2, "4+60": 18.0, "0+64": 30.0}, shape=TINY)
+    c = compare([a], tmp_path / "out")
+    pairs = [(d["setting"], d["reference"]) for d in c.records["differences"]]
+    assert pairs == [("0+64", "4+60"), ("4+60-initial-187", "4+60")]
+    assert "| mechanism | 0+64 | 4+60 | 4+60 initial token 187 |" in (tmp_path / "out" / "table3.md").read_text()
+
+
 def test_settings_of_one_model_in_two_folders_come_together(tmp_path: Path) -> None:
     a = make_result(tmp_path / "a", "vanilla", {"0+64": 20.0, "1+63": 19.0}, shape=TINY)
     b = make_result(tmp_path / "b", "vanilla", {"1+63": 19.5, "4+60": 18.0}, shape=TINY)

@@ -10,13 +10,14 @@ import pytest
 import torch
 from conftest import MECHANISMS, TINY, peaked
 from data_factory import make_data
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sinkpretrain.config import RunConfig, SinkConfig, save_yaml
 from sinkpretrain.errors import UserError
-from sinkpretrain.evaluate import perplexity, settings_for, stream
-from sinkpretrain.load import save_weights
+from sinkpretrain.evaluate import one_token, perplexity, settings_for, stream
+from sinkpretrain.load import load_model, save_weights
 from sinkpretrain.model import GPTNeoX
-from sinkpretrain.streaming import Cache, stream_nll
+from sinkpretrain.streaming import Cache, stream_nll, token_loop_nll
 
 
 def make_run(folder: Path, sink: SinkConfig, tokenizer: Path | None = None) -> Path:
@@ -64,6 +65,39 @@ def test_files_and_numbers(run: Path, tokens: Path, tmp_path: Path) -> None:
     assert results["tokens"]["count"] == 300
 
 
+def test_initial_tokens_can_be_replaced(tmp_path: Path, tokens: Path) -> None:
+    """Each cache with tokens of the text among its first x a second time; sink tokens are not the text's."""
+    run = make_run(tmp_path / "sink", MECHANISMS["sink_tokens_2"])
+    where = {"tokens": str(tokens), "out": str(tmp_path / "o"), "progress": False}
+    results = stream(str(run), cache="0+16,2+14,4+12", replace_initial="7", **where)
+    assert list(results["settings"]) == ["0+16", "2+14", "4+12", "4+12-initial-7"]
+    assert results["settings"]["4+12-initial-7"]["initial"] == 7
+    ids = np.load(tokens).astype(np.int64)
+    ids[:2] = 7
+    net = peaked(GPTNeoX(TINY, MECHANISMS["sink_tokens_2"], seed=4)).eval()
+    got = np.load(tmp_path / "o" / "4+12-initial-7" / "nll.npy")
+    assert np.abs(got - token_loop_nll(net, ids, Cache(4, 12))).max() < 1e-4
+    assert np.abs(got - np.load(tmp_path / "o" / "4+12" / "nll.npy"))[30:].max() > 1e-3
+    for cache, strategy in (("0+16,2+14", "streaming"), ("4+12", "dense")):
+        with pytest.raises(UserError, match="needs a cache x"):
+            stream(str(run), cache=cache, strategy=strategy, replace_initial="7", **where)
+
+
+def test_the_token_that_replaces_can_be_given_as_text(tmp_path: Path) -> None:
+    vocabulary = {"[UNK]": 0, "\n": 1, "word": 2, **{f"w{i}": i for i in range(3, 96)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_model(make_run(tmp_path / "run", MECHANISMS["vanilla"], tmp_path / "tokenizer.json"))
+    assert [one_token(text, loaded) for text in ("word", "5", "\n", "\\n")] == [2, 5, 1, 1]
+    with pytest.raises(UserError, match=r"96 is not an id of run, which has 0 \.\. 95"):
+        one_token("96", loaded)
+    with pytest.raises(UserError, match="'w3 w4' is 2 tokens for run; give a text of one, or an id"):
+        one_token("w3 w4", loaded)
+    with pytest.raises(UserError, match="comes without a tokenizer; give --replace-initial a token id"):
+        one_token("word", load_model(make_run(tmp_path / "bare", MECHANISMS["vanilla"])))
+
+
 def test_settings_are_computed_once_and_added_to(run: Path, tokens: Path, tmp_path: Path, monkeypatch) -> None:
     first = stream(str(run), tokens=str(tokens), cache="4+12", out=str(tmp_path / "o"), progress=False)
     import sinkpretrain.evaluate as module
@@ -94,8 +128,6 @@ def test_prepared_folder_and_its_tokenizer(tmp_path: Path) -> None:
 
 
 def test_text_is_tokenized_with_the_models_tokenizer(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     vocabulary = {"<|endoftext|>": 0, "a": 1, "b": 2, "c": 3, "[UNK]": 4}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

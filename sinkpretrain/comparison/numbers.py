@@ -53,7 +53,8 @@ class Group:
         """The cache as large as ``setting`` with the most initial positions; None if it is no cache."""
         kind, size, *_ = setting_order(setting)
         same = [s for r in self.results for s in r.settings if setting_order(s)[:2] == (0, size)]
-        return max(same, key=lambda s: setting_order(s)[2]) if kind == 0 and same else None
+        # Of equal ones the plain one: nothing left out or replaced.
+        return max(same, key=lambda s: (setting_order(s)[2], setting_order(s)[3] == "")) if kind == 0 and same else None
 
 
 def _seeds(result: Result) -> tuple[int, ...] | None:

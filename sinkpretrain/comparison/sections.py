@@ -142,7 +142,7 @@ def row_title(g: Group) -> str:
 
 
 def heading(setting: str) -> str:
-    return setting.replace("-nocolumn", " without column")
+    return setting.replace("-nocolumn", " without column").replace("-initial-", " initial token ")
 
 
 def conditions(results: list[Result]) -> list[str]:
