@@ -40,6 +40,8 @@ COMMANDS = {
     "generate": Command("sinkpretrain.commands", "generate", "text without end at constant memory, or a conversation"),
     "export": Command("sinkpretrain.commands", "export", "a Hugging Face folder from a run"),
     "bench": Command("sinkpretrain.commands", "bench", "how fast training and decoding are on this machine"),
+    "submit": Command("sinkpretrain.commands", "submit", "a whole experiment to a Slurm cluster"),
+    "bench": Command("sinkpretrain.commands", "bench", "how fast training is on this machine, beside its peers"),
     "demo": Command("sinkpretrain.commands", "demo", "the whole path in a few minutes, without a network"),
 }
 

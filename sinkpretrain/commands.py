@@ -15,6 +15,7 @@ import jsonargparse
 
 from sinkpretrain.config import RunConfig, from_dict, load_yaml, recipe_path
 from sinkpretrain.errors import UserError
+from sinkpretrain.experiment import load_member
 from sinkpretrain.signals import PROCESS
 
 
@@ -142,7 +143,7 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, bool]:
         UserError: an unknown recipe, setting or value.
     """
     arguments, recipes = [], []
-    pending = iter(argv)
+    pending = iter(_expanded(argv))
     for argument in pending:
         if argument == "--config" or argument.startswith("--config="):
             value = argument.partition("=")[2] or next(pending, "")
@@ -156,18 +157,38 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, bool]:
         description="Train a model; the same command continues an interrupted run. --config takes files or the names "
         "of recipes that come with the package (pythia-160m, one-sink-token, ...), several separated by commas.",
     )
+    parser.add_argument("--experiment", type=str, help="file of an experiment (see submit): take the flags of one run")
+    parser.add_argument("--member", type=int, help="which of its runs, from 0")
     parser.add_argument("--config", action="config", help="recipe; later ones and dotted flags win")
     parser.add_class_arguments(RunConfig)
     parser.add_argument(
         "--allow_changes", type=bool, default=False, help="go on although settings or data are not the run's own"
     )
     values = parser.parse(arguments)
-    values.pop("config", None)
+    for name in ("config", "experiment", "member"):
+        values.pop(name, None)
     allow_changes = bool(values.pop("allow_changes"))
     config = from_dict(RunConfig, values)
     if not config.name and not config.out:
         config = dataclasses.replace(config, name="-".join(recipe.stem for recipe in recipes))
     return config, allow_changes
+
+
+def _expanded(argv: Sequence[str]) -> list[str]:
+    """Replace ``--experiment FILE --member K`` by the flags that they stand for."""
+    given = {"--experiment": "", "--member": ""}
+    rest, pending = [], iter(argv)
+    for argument in pending:
+        name, _, value = argument.partition("=")
+        if name in given:
+            given[name] = value or next(pending, "")
+        else:
+            rest.append(argument)
+    if not any(given.values()):
+        return rest
+    if not given["--experiment"] or not given["--member"].isdigit():
+        raise UserError("--experiment FILE and --member NUMBER go together.")
+    return [*load_member(Path(given["--experiment"]), int(given["--member"])).train_flags(), *rest]
 
 
 def _checked_recipe(name: str) -> Path:
@@ -286,4 +307,13 @@ def bench(argv: Sequence[str]) -> int:
     module, name, _ = BENCHMARKS[argv[0]]
     run = getattr(importlib.import_module(module), name)
     run(**_arguments(f"bench {argv[0]}", run, argv[1:]))
+    return 0
+
+
+def submit(argv: Sequence[str]) -> int:
+    from sinkpretrain.submit import submit as run
+
+    ids = run(**_arguments("submit", run, argv))
+    for name, number in ids.items():
+        print(f"{number}\t{name}")
     return 0

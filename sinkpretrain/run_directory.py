@@ -27,6 +27,9 @@ FREE_IN_TRAINING = (
 """Settings that a resumed run may change: where and how fast it runs, how long, and what is logged. Whether moved data
 are the same data is decided by their hashes."""
 
+FUTILE = 5
+"""Attempts without a step after which a job no longer goes back into the queue."""
+
 NEVER_TO_CHANGE = ("model.", "sink.")
 """Settings that a checkpoint's weights were made for."""
 
@@ -47,7 +50,7 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
 
 
 @contextlib.contextmanager
-def claim(run: Path, config: RunConfig, tokens: Tokens, device: str, allow_changes: bool = False) -> Iterator[None]:
+def claim(run: Path, config: RunConfig, tokens: Tokens, allow_changes: bool = False) -> Iterator[None]:
     """Make the run directory, or check that it belongs to this configuration and these data, and hold it.
 
     Raises:
@@ -69,11 +72,23 @@ def claim(run: Path, config: RunConfig, tokens: Tokens, device: str, allow_chang
                 source = tokens.tokenizer
                 write_atomically(run / "tokenizer.json", lambda p: shutil.copyfile(source, p))
         clear_leftovers(run)
-        attempt = provenance(device) | {"job": slurm.job_id()}
-        write_json(run / "run.json", about | {"attempts": [*about.get("attempts", []), attempt]})
+        write_json(run / "run.json", about)
         # Last: a directory with a config.yaml is a complete run directory.
         write_atomically(run / "config.yaml", lambda p: save_yaml(config, p))
         yield
+
+
+def note_attempt(run: Path, device: str, step: int) -> None:
+    """Record that an attempt begins at a step, on which device, with which versions, in which job."""
+    about = read_json(run / "run.json")
+    attempt = provenance(device) | {"job": slurm.job_id(), "step": step}
+    write_json(run / "run.json", about | {"attempts": [*about.get("attempts", []), attempt]})
+
+
+def is_stuck(run: Path, step: int) -> bool:
+    """Whether the last attempts all began at this very step: a job that gets nowhere should not go on for ever."""
+    begun = [attempt.get("step") for attempt in read_json(run / "run.json").get("attempts", [])]
+    return len(begun) >= FUTILE and set(begun[-FUTILE:]) == {step}
 
 
 def _belongs(run: Path, config: RunConfig, tokens: Tokens, allow_changes: bool) -> dict[str, Any] | None:

@@ -42,14 +42,16 @@ class TimeLeft:
     """Tells a run to stop by itself before its job's time limit does.
 
     Args:
-        margin: seconds before the end at which to stop.
+        margin: seconds before the end at which to stop; a quarter of a job that is shorter than four times that.
         ask: returns the end of the job in seconds since 1970, or None for no end. It is asked again at the last
             moment, since limits are raised while jobs run.
     """
 
     def __init__(self, margin: float, ask: Callable[[], float | None]) -> None:
-        self.margin, self._ask = margin, ask
+        self._ask = ask
         self._end = ask()
+        # Never so much of a short job that nothing gets done.
+        self.margin = min(margin, 0.25 * max(0.0, self._end - time.time())) if self._end else margin
 
     def over(self) -> bool:
         """Whether the time has come to save and leave."""

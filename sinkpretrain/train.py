@@ -37,7 +37,7 @@ from sinkpretrain.lit import PretrainModule
 from sinkpretrain.load import step_of
 from sinkpretrain.model import GPTNeoX
 from sinkpretrain.provenance import source_hash, versions
-from sinkpretrain.run_directory import claim
+from sinkpretrain.run_directory import claim, is_stuck, note_attempt
 from sinkpretrain.sharding import ShardedStrategy
 from sinkpretrain.signals import StopRequest
 
@@ -89,13 +89,14 @@ def _train(config: RunConfig, allow_changes: bool, stop: StopRequest) -> TrainRe
     run = Path(config.out)
     with contextlib.ExitStack() as held:
         if _rank() == 0:
-            held.enter_context(claim(run, config, tokens, accelerator(config), allow_changes))
+            held.enter_context(claim(run, config, tokens, allow_changes))
         checkpoint = newest_checkpoint(run)
         done = step_of(checkpoint) if checkpoint else 0
         if done >= config.training.steps:
             print(f"{run} is finished: {done:,} steps. Raise training.steps to go on.")
             return TrainResult(run, done, finished=True)
         if _rank() == 0:
+            note_attempt(run, accelerator(config), done)
             metrics.truncate(run, done if checkpoint else -1)
             start = f"resuming at step {done:,}" if checkpoint else "training"
             print(f"{config.name}: {start} of {config.training.steps:,}, in {run}", flush=True)
@@ -117,10 +118,8 @@ def _leave(run: Path, config: RunConfig, module: PretrainModule, trainer: L.Trai
             print(f"stopped after step {step:,} of {config.training.steps:,}; the same command goes on from there.")
         for line in _after_words(run, config):
             print(line)
-        job = slurm.job_id()
-        if module.stopped_by == signal.SIGUSR1 and job:
-            problem = slurm.requeue(job)
-            print(f"job {job} not requeued: {problem}." if problem else f"job {job} is back in the queue.")
+        if module.stopped_by == signal.SIGUSR1:
+            _requeue(run, step)
         sys.stdout.flush()
     # srun ends a step when one of its processes fails: nobody may leave while rank 0 is still writing.
     module.ranks.barrier()
@@ -133,6 +132,14 @@ def _leave(run: Path, config: RunConfig, module: PretrainModule, trainer: L.Trai
 
 def _environment(trainer: L.Trainer) -> Any:
     return getattr(trainer.strategy, "cluster_environment", None)
+
+
+def _requeue(run: Path, step: int) -> None:
+    job = slurm.job_id()
+    if job is None:
+        return
+    problem = "its last attempts made no step" if is_stuck(run, step) else slurm.requeue(job)
+    print(f"job {job} does not go back into the queue: {problem}." if problem else f"job {job} is back in the queue.")
 
 
 def _after_words(run: Path, config: RunConfig) -> list[str]:

@@ -1,0 +1,231 @@
+"""A whole experiment as Slurm jobs: training of every variant, then evaluation, then comparison, chained."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from sinkpretrain.errors import UserError
+from sinkpretrain.experiment import Experiment, Member, load_experiment
+
+SITE_FILE = "site.env"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of sbatch.
+
+    name: unique within the experiment.
+    after: Slurm's dependency type and the job it is about (with ``_k``: task k of that array), or None.
+    options: of sbatch.
+    script: file name of the job script.
+    arguments: of the script.
+    """
+
+    name: str
+    script: str
+    options: tuple[str, ...]
+    arguments: tuple[str, ...]
+    after: tuple[str, tuple[str, ...]] | None = None
+
+
+def plan(experiment: Experiment, file: Path) -> list[Job]:
+    """The jobs of an experiment in the order of submission; pure."""
+    members = experiment.members()
+    jobs = _array(experiment, file, len(members)) if experiment.array else _single(experiment, members)
+    if not experiment.evaluate.tokens:
+        return jobs
+    last = experiment.attempts
+    evaluations = []
+    for number, member in enumerate(members):
+        trained = f"sweep-{last}_{number}" if experiment.array else f"train-{member.name}-{last}"
+        options = (*_limits(experiment, experiment.evaluate.hours), *_one_gpu(experiment))
+        evaluations.append(
+            Job(
+                f"stream-{member.name}",
+                "eval.sbatch",
+                (*options, *_log(experiment, f"stream-{member.name}-%j.log")),
+                ("stream", *member.stream_flags()),
+                ("afterok", (trained,)),
+            )
+        )
+    folders = (f"{experiment.out}/results", f"{experiment.out}/runs")
+    comparison = Job(
+        "compare",
+        "eval.sbatch",
+        (*_limits(experiment, experiment.evaluate.hours), *_log(experiment, "compare-%j.log")),
+        ("compare", *folders, f"--out={experiment.out}/comparison"),
+        ("afterok", tuple(job.name for job in evaluations)),
+    )
+    return [*jobs, *evaluations, comparison]
+
+
+def _single(experiment: Experiment, members: list[Member]) -> list[Job]:
+    jobs = []
+    for member in members:
+        for attempt in range(1, experiment.attempts + 1):
+            name = f"train-{member.name}-{attempt}"
+            before = f"train-{member.name}-{attempt - 1}"
+            options = (*_train_options(experiment), *_log(experiment, f"train-{member.name}-%j.log"))
+            after = ("afterany", (before,)) if attempt > 1 else None
+            jobs.append(Job(name, "train.sbatch", options, tuple(member.train_flags()), after))
+    return jobs
+
+
+def _array(experiment: Experiment, file: Path, count: int) -> list[Job]:
+    at_once = f"%{experiment.at_once}" if experiment.at_once else ""
+    jobs = []
+    for attempt in range(1, experiment.attempts + 1):
+        options = (
+            f"--array=0-{count - 1}{at_once}",
+            *_train_options(experiment),
+            *_log(experiment, "train-%A_%a.log"),
+        )
+        after = ("afterany", (f"sweep-{attempt - 1}",)) if attempt > 1 else None
+        jobs.append(Job(f"sweep-{attempt}", "sweep.sbatch", options, (str(file.absolute()),), after))
+    return jobs
+
+
+def _train_options(experiment: Experiment) -> tuple[str, ...]:
+    gpus = (f"--gpus-per-node={experiment.devices}",) if experiment.gpus else ()
+    return (
+        f"--nodes={experiment.nodes}",
+        f"--ntasks-per-node={experiment.devices}",
+        *gpus,
+        *_limits(experiment, experiment.hours),
+    )
+
+
+def _limits(experiment: Experiment, hours: float) -> tuple[str, ...]:
+    minutes = max(1, round(60 * hours))
+    return (f"--cpus-per-task={experiment.cpus}", f"--time={minutes // 60:02d}:{minutes % 60:02d}:00")
+
+
+def _one_gpu(experiment: Experiment) -> tuple[str, ...]:
+    return ("--gpus-per-node=1",) if experiment.gpus else ()
+
+
+def _log(experiment: Experiment, name: str) -> tuple[str, ...]:
+    return (f"--output={experiment.out}/logs/{name}",)
+
+
+def command(job: Job, scripts: Path, ids: dict[str, str]) -> list[str]:
+    """The call of sbatch; ``ids`` gives the id of every job before it."""
+    dependency = []
+    if job.after is not None:
+        kind, names = job.after
+        # Without the second, a job whose dependency can never be fulfilled waits for ever.
+        dependency = [f"--dependency={kind}:{':'.join(_id(n, ids) for n in names)}", "--kill-on-invalid-dep=yes"]
+    options = [f"--job-name={job.name}", *dependency, *job.options]
+    return ["sbatch", "--parsable", *options, str(scripts / job.script), *job.arguments]
+
+
+def _id(name: str, ids: dict[str, str]) -> str:
+    if name in ids:
+        return ids[name]
+    array, _, task = name.rpartition("_")
+    return f"{ids[array]}_{task}"
+
+
+# --- sending ------------------------------------------------------------------------------------------------------
+
+
+def submit(file: str, dry_run: bool = False, site: str = "") -> dict[str, str]:
+    """Send an experiment to Slurm: training of every variant and seed, then streaming evaluation, then comparison.
+
+    A job starts when the one before it ended well, and is cancelled when that cannot happen any more. Given again, the
+    command goes on where the jobs ended.
+
+    Args:
+        file: the experiment's YAML file.
+        dry_run: print the calls of sbatch, as a shell script, instead.
+        site: file with the site's settings; by default site.env beside the job scripts.
+
+    Returns:
+        Job ids by name.
+
+    Raises:
+        UserError: a setting is wrong (all runs are checked first), or Slurm refuses; nothing stays submitted.
+    """
+    experiment = load_experiment(Path(file))
+    check(experiment)
+    scripts = script_folder()
+    environment = {"SINKPRETRAIN_SLURM": str(scripts), "SINKPRETRAIN_SITE": str(_site(site, scripts))}
+    jobs = plan(experiment, Path(file))
+    if dry_run:
+        print("\n".join(as_script(jobs, scripts, environment)))
+        return {}
+    logs = Path(experiment.out) / "logs"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {logs}: {error.strerror}.") from error
+    ids: dict[str, str] = {}
+    try:
+        for job in jobs:
+            ids[job.name] = _send(command(job, scripts, ids), environment)
+    except UserError:
+        if ids:
+            subprocess.run(["scancel", *ids.values()], check=False)
+        raise
+    return ids
+
+
+def check(experiment: Experiment) -> None:
+    """Check the settings of every run before any is submitted; raises UserError."""
+    from sinkpretrain.commands import load_run_config
+
+    for member in experiment.members():
+        try:
+            load_run_config(member.train_flags())
+        except UserError as error:
+            raise UserError(f"{member.name}: {error}") from error
+
+
+def script_folder() -> Path:
+    """The job scripts: inside the package in a wheel, beside it in a checkout."""
+    here = Path(__file__).parent
+    for folder in (here / "slurm", here.parent / "slurm"):
+        if (folder / "train.sbatch").is_file():
+            return folder
+    raise UserError("the job scripts (slurm/train.sbatch ...) are not installed; install sinkpretrain again.")
+
+
+def _site(given: str, scripts: Path) -> Path:
+    path = Path(given) if given else scripts / SITE_FILE
+    if not path.is_file():
+        raise UserError(f"there is no file {path} with the site's settings; see slurm/{SITE_FILE} for one.")
+    return path.absolute()
+
+
+def as_script(jobs: list[Job], scripts: Path, environment: dict[str, str]) -> list[str]:
+    """The same as lines of a shell script that can be run."""
+    names = {job.name: f"${{{_variable(job.name)}}}" for job in jobs}
+    lines = [f"export {k}={shlex.quote(v)}" for k, v in environment.items()]
+    lines.append('source "$SINKPRETRAIN_SITE"')
+    outs = {shlex.quote(str(Path(o[9:]).parent)) for job in jobs for o in job.options if o.startswith("--output=")}
+    lines += [f"mkdir -p {folder}" for folder in sorted(outs)]
+    for job in jobs:
+        words = [w if "${" in w else shlex.quote(w) for w in command(job, scripts, names)]
+        lines.append(f"{_variable(job.name)}=$({' '.join(words)})")
+    return lines
+
+
+def _variable(name: str) -> str:
+    return re.sub(r"\W", "_", name)
+
+
+def _send(words: list[str], environment: dict[str, str]) -> str:
+    # Through a shell, because the site's settings are one; sbatch gets its words unchanged.
+    shell = ["bash", "-c", 'source "$SINKPRETRAIN_SITE" && exec "$@"', "submit", *words]
+    try:
+        done = subprocess.run(shell, env=os.environ | environment, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise UserError(f"cannot run sbatch: {error}.") from error
+    if done.returncode:
+        raise UserError(f"sbatch refused the job ({' '.join(done.stderr.split()) or done.returncode}).")
+    return done.stdout.strip().partition(";")[0]
