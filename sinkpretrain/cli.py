@@ -41,7 +41,6 @@ COMMANDS = {
     "export": Command("sinkpretrain.commands", "export", "a Hugging Face folder from a run"),
     "bench": Command("sinkpretrain.commands", "bench", "how fast training and decoding are on this machine"),
     "submit": Command("sinkpretrain.commands", "submit", "a whole experiment to a Slurm cluster"),
-    "bench": Command("sinkpretrain.commands", "bench", "how fast training is on this machine, beside its peers"),
     "demo": Command("sinkpretrain.commands", "demo", "the whole path in a few minutes, without a network"),
 }
 
