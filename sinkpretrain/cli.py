@@ -34,6 +34,7 @@ COMMANDS = {
     "train": Command("sinkpretrain.commands", "train", "train a model, or go on training it", True),
     "stream": Command("sinkpretrain.commands", "stream", "streaming perplexity of a model over a long text"),
     "inspect": Command("sinkpretrain.commands", "inspect", "sink measures, attention maps, and when sinks emerged"),
+    "zero-shot": Command("sinkpretrain.commands", "zero_shot", "accuracy on tasks of lm-evaluation-harness"),
     "compare": Command(
         "sinkpretrain.commands", "compare", "one page from results and runs: Table 3, differences, figures"
     ),

@@ -240,6 +240,27 @@ def inspect(argv: Sequence[str]) -> int:
     return 0
 
 
+def zero_shot(argv: Sequence[str]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from sinkpretrain.zero_shot import zero_shot as run
+
+    values = _arguments("zero-shot", run, argv)
+    results = run(**values)
+    table = Table("task", "questions", "accuracy", "normalised", title=results["model"]["name"])
+    for name, task in results["tasks"].items():
+        shares = (
+            f"{100 * task[m]:.1f} ± {100 * task[f'{m}_stderr']:.1f} %" if m in task else "" for m in ("acc", "acc_norm")
+        )
+        table.add_row(name, f"{task['n']:,}", *shares)
+    Console().print(table)
+    if results["missing"]:
+        print(f"not in {values['local']}, and left out: {', '.join(results['missing'])}.")
+    print(f"written to {values['out']}")
+    return 0
+
+
 def compare(argv: Sequence[str]) -> int:
     from sinkpretrain.compare import compare as run
     from sinkpretrain.compare import log_to_wandb, print_table

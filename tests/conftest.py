@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -50,6 +52,13 @@ def peaked(model: GPTNeoX, factor: float = 10.0, seed: int = 7) -> GPTNeoX:
             if ".sink." in name:
                 p += torch.randn(p.shape, generator=generator)
     return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from run_factory import make_tokenizer
+
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MECHANISMS, TINY, peaked
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from conftest import MECHANISMS, TINY
+from run_factory import CONFIG, SIZE, make_run
+from tokenizers import Tokenizer, processors
 
 from sinkpretrain import export as export_module
 from sinkpretrain import export_tokenizer, exporters, hf, seeded_slot
@@ -24,11 +25,9 @@ from sinkpretrain.errors import UserError
 from sinkpretrain.export import TOLERANCE, Exported, export
 from sinkpretrain.export_tokenizer import VerificationError
 from sinkpretrain.exporters import natural_form
-from sinkpretrain.load import load_model, save_weights
+from sinkpretrain.load import load_model
 from sinkpretrain.model import GPTNeoX
 
-SIZE = 300
-CONFIG = ModelConfig(n_layer=2, d_model=32, n_head=2, vocab_size=384, tokenizer_size=SIZE, context=64)
 PLAIN = [name for name, sink in MECHANISMS.items() if natural_form(sink, TINY) == "stock"]
 SEEDED = [name for name, sink in MECHANISMS.items() if natural_form(sink, TINY) == "seeded"]
 PREFIX = {
@@ -39,35 +38,6 @@ PREFIX = {
     "fixed_first_token": [3],
 }
 TEXT = "def  main(): return the answer"
-
-
-@pytest.fixture(scope="session")
-def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE of 300 ids with an end-of-document token and no other special one."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=SIZE,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
-    assert tokenizer.get_vocab_size() == SIZE
-    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    tokenizer.save(str(file))
-    return file
-
-
-def make_run(folder: Path, sink: SinkConfig, tokenizer: Path | None, config: ModelConfig = CONFIG) -> Path:
-    (folder / "weights").mkdir(parents=True)
-    (folder / "config.yaml").write_text("name: small\n")
-    save_weights(peaked(GPTNeoX(config, sink, seed=4)), folder / "weights/step-0000012.safetensors", 12, "small")
-    if tokenizer:
-        (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,347 @@
+"""Zero-shot tasks: the harness's own numbers, sinks in every sequence, chance, and tasks that are not to be had."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MECHANISMS
+from run_factory import CONFIG, make_run
+from torch import Tensor
+
+from sinkpretrain.cli import main
+from sinkpretrain.errors import UserError
+from sinkpretrain.export import export
+from sinkpretrain.load import load_model
+from sinkpretrain.model import GPTNeoX
+from sinkpretrain.texts import TextCodec
+
+pytest.importorskip("lm_eval")
+pytest.importorskip("accelerate")
+
+from lm_eval.api.instance import Instance
+
+from sinkpretrain.harness import SinkLM
+from sinkpretrain.zero_shot import local_tasks, numbers, zero_shot
+
+WORDS = [
+    "model",
+    "return",
+    "the",
+    "answer",
+    "text",
+    "where",
+    "file",
+    "and",
+    "name",
+    "test",
+    "sink",
+    "export",
+    "def",
+    "import",
+    "from",
+    "folder",
+    "token",
+]
+SOME = ["vanilla", "sink_tokens_2", "fixed_first_token", "zero_sink", "stable_mask", "softpick"]
+
+
+def sentence(source: random.Random, words: int) -> str:
+    return " ".join(source.choice(WORDS) for _ in range(words))
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True)
+    with gzip.open(file, "wt", encoding="utf-8") as out:
+        out.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def question(source: random.Random, number: int, answer: str) -> dict[str, Any]:
+    choices = {"text": [sentence(source, 3) for _ in range(4)], "label": list("ABCD")}
+    return {"id": f"{number}", "question": sentence(source, 6), "choices": choices, "answerKey": answer}
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 questions whose answers are drawn by lot, as ARC's data look, and 60 of another task."""
+    folder, source = tmp_path_factory.mktemp("zero_shot"), random.Random(5)
+    write(folder / "arc_easy" / "validation.jsonl.gz", [question(source, i, source.choice("ABCD")) for i in range(400)])
+    pairs = [
+        {"goal": sentence(source, 5), "sol1": sentence(source, 2), "sol2": sentence(source, 4), "label": i % 2}
+        for i in range(60)
+    ]
+    write(folder / "piqa" / "test.jsonl.gz", pairs)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("runs")
+    return {name: make_run(root / name, MECHANISMS[name], tokenizer_file) for name in SOME}
+
+
+@pytest.fixture(scope="session")
+def vanilla_folder(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(runs["vanilla"], tmp_path_factory.mktemp("hf") / "vanilla").folder
+
+
+def wrapped(run: Path, batch_size: int = 8) -> SinkLM:
+    loaded = load_model(run)
+    return SinkLM(loaded.model, TextCodec(str(loaded.tokenizer), loaded.model.prefix_ids), batch_size)
+
+
+def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=a, idx=i) for i, a in enumerate(arguments)]
+
+
+TEXTS = [sentence(random.Random(n), n) for n in (1, 4, 30, 61, 130)]
+PAIRS = [
+    ("the answer", " where"),
+    ("", "import from folder"),
+    ("def  ", "return the"),
+    (TEXTS[3], " and name test"),
+    (TEXTS[4], " sink"),
+    ("model", TEXTS[2][:70]),
+]
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vanilla", "sink_tokens_2"])
+def test_a_random_model_is_at_chance(name: str, runs: dict[str, Path], questions: Path, tmp_path: Path) -> None:
+    results = zero_shot(str(runs[name]), local=str(questions), out=str(tmp_path), progress=False)
+    task = results["tasks"]["arc_easy"]
+    assert task["n"] == 400
+    assert task["acc"] == pytest.approx(0.25, abs=3 * (0.25 * 0.75 / 400) ** 0.5)
+    assert task["stderr"] == pytest.approx((0.25 * 0.75 / 400) ** 0.5, rel=0.1)
+    assert results["tasks"]["piqa"]["acc"] == pytest.approx(0.5, abs=3 * (0.25 / 60) ** 0.5)
+    assert results["missing"] == ["arc_challenge", "hellaswag", "lambada_openai", "openbookqa", "winogrande"]
+    assert json.loads((tmp_path / "zero_shot.json").read_text()) == results
+
+
+def test_answers_that_the_model_prefers_are_right(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Control for chance: the same questions with the model's own choices as their answers score 100 %, or 0 %."""
+    lm, source = wrapped(runs["sink_tokens_2"]), random.Random(6)
+    rows, wrong = [], []
+    for i in range(40):
+        row = question(source, i, "A")
+        context = f"Question: {row['question']}\nAnswer:"
+        scores = lm.loglikelihood(instances("loglikelihood", [(context, f" {t}") for t in row["choices"]["text"]]))
+        best = max(range(4), key=lambda k, scores=scores: scores[k][0])  # type: ignore[misc]
+        rows.append(row | {"answerKey": "ABCD"[best]})
+        wrong.append(row | {"answerKey": "ABCD"[best - 1]})
+    for answers, accuracy in ((rows, 1.0), (wrong, 0.0)):
+        folder = tmp_path / str(accuracy)
+        write(folder / "data" / "arc_easy" / "test.jsonl.gz", answers)
+        results = zero_shot(
+            str(runs["sink_tokens_2"]), local=str(folder / "data"), out=str(folder), tasks="arc_easy", progress=False
+        )
+        assert results["tasks"]["arc_easy"]["acc"] == accuracy
+
+
+def test_the_harness_has_the_same_numbers(
+    runs: dict[str, Path], vanilla_folder: Path, questions: Path, tmp_path: Path
+) -> None:
+    """Our wrapper and the harness's own, of a run and of its export: every metric of every task, to the last digit."""
+    ours = zero_shot(str(runs["vanilla"]), local=str(questions), out=str(tmp_path / "a"), progress=False)
+    theirs = zero_shot(str(vanilla_folder), local=str(questions), out=str(tmp_path / "b"), backend="hf", progress=False)
+    assert (ours["backend"], theirs["backend"]) == ("sinkpretrain", "hf")
+    assert ours["tasks"] == theirs["tasks"]
+
+
+def test_the_harness_has_the_same_likelihoods(runs: dict[str, Path], vanilla_folder: Path) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    ours, theirs = wrapped(runs["vanilla"]), HFLM(pretrained=str(vanilla_folder), device="cpu", batch_size=4)
+    pairs = instances("loglikelihood", PAIRS)
+    for (a, greedy_a), (b, greedy_b) in zip(ours.loglikelihood(pairs), theirs.loglikelihood(pairs), strict=True):
+        assert a == pytest.approx(b, abs=1e-3)
+        assert greedy_a == greedy_b
+    texts = instances("loglikelihood_rolling", [(t,) for t in TEXTS])
+    want = theirs.loglikelihood_rolling(texts)
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(want, abs=2e-3)
+    until = instances("generate_until", [(TEXTS[3], {"until": ["q", "e"], "max_gen_toks": 12, "do_sample": False})])
+    assert ours.generate_until(until) == theirs.generate_until(until)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_batch_size_changes_nothing(name: str, runs: dict[str, Path], questions: Path, tmp_path: Path) -> None:
+    for kind, arguments in (("loglikelihood", PAIRS), ("loglikelihood_rolling", [(t,) for t in TEXTS])):
+        alone, together = (
+            getattr(wrapped(runs[name], size), kind)(instances(kind, arguments)) for size in (1, len(TEXTS) + 30)
+        )
+        assert torch.allclose(torch.tensor(alone).double(), torch.tensor(together).double(), atol=1e-3)
+    tables = [
+        zero_shot(str(runs[name]), local=str(questions), out=str(tmp_path / str(n)), limit=30, batch_size=n)["tasks"]
+        for n in (1, 32)
+    ]
+    assert tables[0] == tables[1]
+
+
+# --- sinks, exactly once --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Every row of ids that goes through a model from here on."""
+    rows: list[list[int]] = []
+    plain = GPTNeoX.hidden
+
+    def spy(self: GPTNeoX, ids_BT: Tensor, *rest: Any) -> Tensor:
+        rows.extend(ids_BT.tolist())
+        return plain(self, ids_BT, *rest)
+
+    monkeypatch.setattr(GPTNeoX, "hidden", spy)
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling"])
+def test_every_window_starts_with_the_sinks(kind: str, runs: dict[str, Path], seen: list[list[int]]) -> None:
+    lm = wrapped(runs["sink_tokens_2"], batch_size=1)
+    getattr(lm, kind)(instances(kind, PAIRS if kind == "loglikelihood" else [(t,) for t in TEXTS]))
+    assert len(seen) > 5
+    for row in seen:
+        assert row[:2] == [300, 301]
+        assert max(row[2:], default=0) < 300
+        assert len(row) <= CONFIG.context
+    assert max(map(len, seen)) == CONFIG.context
+
+
+def test_generation_reads_the_sinks_once(runs: dict[str, Path], seen: list[list[int]]) -> None:
+    options = {"until": ["\x00"], "max_gen_toks": 6}
+    wrapped(runs["sink_tokens_2"]).generate_until(instances("generate_until", [(TEXTS[4], options)]))
+    read = [i for row in seen for i in row]
+    assert read[:2] == [300, 301]
+    assert max(read[2:]) < 300
+    assert len(read) <= CONFIG.context
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_rolling_scores_every_token_once(name: str, runs: dict[str, Path]) -> None:
+    """Against windows cut by hand: as many new tokens as fit behind the sinks and one token of context."""
+    lm = wrapped(runs[name])
+    net, room = lm.model, lm.room
+    for text, got in zip(TEXTS, lm.loglikelihood_rolling(instances("x", [(t,) for t in TEXTS])), strict=True):
+        ids = lm.tok_encode(text)
+        front = [*lm.prefix] or [lm.eot_token_id]
+        total, start = 0.0, 0
+        while start < len(ids):
+            # A first window predicts its every token from what is in front; a later one keeps the last token before it
+            # and, being the last of a text, is filled up with context to its full length.
+            if start == 0:
+                stop = min(len(ids), room)
+                sequence = [*front, *ids[:stop]]
+            else:
+                stop = min(len(ids), start + room)
+                sequence = [*lm.prefix, *ids[stop - room - 1 : stop]]
+            logits = net(torch.tensor([sequence[:-1]]))[0].log_softmax(-1)
+            targets = torch.tensor(sequence[1:])
+            total += logits.gather(-1, targets[:, None])[-(stop - start) :].sum().item()
+            start = stop
+        assert got == pytest.approx(total, abs=2e-3)
+
+
+def test_generation_is_greedy_and_stops(runs: dict[str, Path]) -> None:
+    lm = wrapped(runs["sink_tokens_2"])
+    ids, n = lm.tok_encode("def import"), len(lm.tok_encode("def import"))
+    sequence = torch.tensor([[*lm.prefix, *ids]])
+    for _ in range(20):
+        sequence = torch.cat((sequence, lm.model(sequence)[:, -1:, :300].argmax(-1)), dim=1)
+    want = lm.codec.tokenizer.decode(sequence[0, 2 + n :].tolist())
+    ask = {"until": [], "max_gen_toks": 20}
+    assert lm.generate_until(instances("generate_until", [("def import", ask)])) == [want]
+    stop = want[len(want) // 2 : len(want) // 2 + 2]
+    stopped = lm.generate_until(instances("generate_until", [("def import", ask | {"until": [stop]})]))
+    assert stopped == [want[: want.index(stop)]]
+
+
+def test_results_name_their_metrics() -> None:
+    found = {
+        "results": {"t": {"alias": "t", "perplexity,none": 9.0, "perplexity_stderr,none": "N/A", "acc,none": 0.5,
+                          "acc_stderr,none": 0.1}},
+        "n-samples": {"t": {"original": 9, "effective": 4}},
+        "versions": {"t": 1.0},
+    }  # fmt: skip
+    assert numbers(found, "t") == {
+        "perplexity": 9.0,
+        "acc": 0.5,
+        "acc_stderr": 0.1,
+        "stderr": 0.1,
+        "n": 4,
+        "version": 1.0,
+    }
+
+
+# --- what is not to be had ------------------------------------------------------------------------------------------
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one sentence with which the command line refuses."""
+    assert main(["zero-shot", *arguments]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("sinkpretrain zero-shot: ")
+    return told
+
+
+def test_refusals(
+    runs: dict[str, Path], questions: Path, tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out, local = str(runs["sink_tokens_2"]), ("--out", str(tmp_path / "out")), ("--local", str(questions))
+    told = refusal(capsys, run, *out, *local, "--tasks", "arc_easy,winogrande")
+    assert f"the task winogrande is not in {questions}, which has arc_easy, piqa;" in told
+    assert "there is no folder" in refusal(capsys, run, *out, "--local", str(tmp_path / "none"))
+    assert "none of the paper's tasks" in refusal(capsys, run, *out, "--local", str(tmp_path))
+    assert "--out is missing" in refusal(capsys, run, *local)
+    assert "--batch-size at least 1" in refusal(capsys, run, *out, *local, "--batch-size", "0")
+    assert "takes Hugging Face folders" in refusal(capsys, run, *out, *local, "--backend", "hf")
+    folder = export(run, tmp_path / "hf").folder
+    assert "would leave out the sinks" in refusal(capsys, str(folder), *out, *local, "--backend", "hf")
+    bare = make_run(tmp_path / "bare", MECHANISMS["vanilla"], None)
+    assert "without a tokenizer" in refusal(capsys, str(bare), *out, *local)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_task_that_must_be_downloaded(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    told = refusal(capsys, str(runs["vanilla"]), "--out", str(tmp_path), "--tasks", "piqa", "--progress", "false")
+    assert "the data of piqa cannot be had" in told
+    assert told.endswith("give them with --local.")
+
+
+def test_without_the_harness(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    told = refusal(capsys, str(runs["vanilla"]), "--out", str(tmp_path))
+    assert told.endswith("install it with: pip install sinkpretrain[eval]")
+
+
+def test_local_tasks_keep_the_harness_prompts(questions: Path, tmp_path: Path) -> None:
+    from lm_eval.tasks import TaskManager
+
+    (tmp_path / "tasks").mkdir()
+    assert list(local_tasks(questions, [], tmp_path / "tasks")) == ["arc_easy", "piqa"]
+    manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    task = manager.load(["arc_easy"])["tasks"]["arc_easy"]
+    (first, *rest) = task.test_docs() if task.has_test_docs() else task.validation_docs()
+    assert len(rest) == 399
+    assert task.doc_to_text(first) == f"Question: {first['question']}\nAnswer:"
+    assert task.config.task == "arc_easy"
+
+
+def test_too_long_a_continuation_is_refused(runs: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"does not fit the 62 that"):
+        wrapped(runs["sink_tokens_2"]).loglikelihood(instances("loglikelihood", [("a", TEXTS[4])]))
