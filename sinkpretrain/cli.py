@@ -40,6 +40,7 @@ COMMANDS = {
     ),
     "generate": Command("sinkpretrain.commands", "generate", "text without end at constant memory, or a conversation"),
     "export": Command("sinkpretrain.commands", "export", "a Hugging Face folder from a run"),
+    "list": Command("sinkpretrain.commands", "list_mechanisms", "the sink mechanisms and what each of them needs"),
     "bench": Command("sinkpretrain.commands", "bench", "how fast training and decoding are on this machine"),
     "submit": Command("sinkpretrain.commands", "submit", "a whole experiment to a Slurm cluster"),
     "demo": Command("sinkpretrain.commands", "demo", "the whole path in a few minutes, without a network"),

@@ -295,10 +295,19 @@ def generate(argv: Sequence[str]) -> int:
 
 def export(argv: Sequence[str]) -> int:
     from sinkpretrain.export import export as run
+    from sinkpretrain.exporters import FORMS
 
     values = _arguments("export", run, argv)
-    run(**values)
-    print(f"exported to {values['out']}, reloaded and checked.")
+    exported = run(**values)
+    print(f"exported to {exported.folder}, reloaded and checked: {FORMS[exported.form]}.")
+    print(f"{exported.folder / 'README.md'} says how to load it.")
+    return 0
+
+
+def list_mechanisms(argv: Sequence[str]) -> int:
+    from sinkpretrain.catalogue import list_mechanisms as run
+
+    print(run(**_arguments("list", run, argv)))
     return 0
 
 

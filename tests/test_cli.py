@@ -133,8 +133,15 @@ def test_train_stream_compare_export(data: Path, tmp_path: Path, capsys: pytest.
     table = (tmp_path / "c" / "table3.md").read_text()
     assert "sink_tokens(n=1)" in table
     assert {p.name for p in (tmp_path / "c").iterdir()} >= {"table3.csv", "perplexity.png", "loss.png"}
-    assert main(["export", str(tmp_path / "runs" / "zero-sink"), str(tmp_path / "hf")]) == 2
-    assert "zero_sink" in capsys.readouterr().err
+    capsys.readouterr()
+    run, folder = tmp_path / "runs" / "zero-sink", tmp_path / "hf"
+    (run / "tokenizer.json").unlink()  # the toy data's is none
+    assert main(["export", str(run), str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert "stock GPT-NeoX with a seeded slot" in told
+    assert f"{folder / 'README.md'} says how to load it" in told
+    assert main(["export", str(run), str(folder)]) == 2
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_mistakes_answer_at_once() -> None:
@@ -153,3 +160,24 @@ def test_mistakes_answer_at_once() -> None:
     )
     assert modules.stdout.strip() == "False"
     assert time.monotonic() - started < 20
+
+
+def test_list_shows_every_mechanism(capsys: pytest.CaptureFixture[str]) -> None:
+    from sinkpretrain import sinks
+
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in sinks.REGISTRY)
+    assert main(["list", "--format", "json"]) == 0
+    rows = {row["mechanism"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["key_value_bias"]["parameters"] == 18_432
+    assert rows["sink_tokens"]["parameters"] == 768
+    assert rows["output_gate"]["options"] == {"elementwise": False}
+    assert [rows[n]["export"] for n in ("vanilla", "zero_sink", "softpick")] == ["stock", "seeded", "own"]
+    assert "2309.17453" in rows["sink_tokens"]["source"]
+    assert main(["list", "--config", "pythia-14m", "--format", "markdown"]) == 0
+    table = capsys.readouterr().out
+    assert "| `sink_tokens` |" in table
+    assert "| 128 |" in table
+    assert main(["list", "--config", "pythia-15m"]) == 2
+    assert "did you mean" in capsys.readouterr().err

@@ -1,0 +1,84 @@
+"""``sinkpretrain list``: every sink mechanism, what it adds, what it needs and where it comes from."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any, Literal
+
+import torch
+
+from sinkpretrain import sinks
+from sinkpretrain.config import RunConfig, SinkConfig, load_yaml, recipe_path
+from sinkpretrain.exporters import FORMS, natural_form
+from sinkpretrain.model import GPTNeoX
+
+
+def list_mechanisms(config: str = "pythia-160m", format: Literal["table", "json", "markdown"] = "table") -> str:
+    """The sink mechanisms with their options, their parameters in a model, how they export, and what a stream keeps.
+
+    Args:
+        config: recipe of the model whose parameters are counted.
+        format: table for a terminal, or json, or markdown.
+
+    Raises:
+        UserError: there is no such recipe.
+    """
+    rows = catalogue(config)
+    if format == "json":
+        return json.dumps(rows, indent=2)
+    return _markdown(rows) if format == "markdown" else _table(rows, config)
+
+
+def catalogue(config: str = "pythia-160m") -> list[dict[str, Any]]:
+    """One entry per mechanism, with its default options; parameters are those it adds to the model of a recipe."""
+    model = load_yaml(RunConfig, recipe_path(config)).model.resolved()
+    with torch.device("meta"):
+        plain = GPTNeoX(model, seed=None).n_parameters()
+        entries = []
+        for name, cls in sinks.REGISTRY.items():
+            sink = SinkConfig(name)
+            net = GPTNeoX(model, sink, seed=None)
+            learned = [i for i in net.prefix_ids if i >= model.tokenizer_size]
+            options = list(inspect.signature(cls.__init__).parameters.values())[2:]
+            entries.append(
+                {
+                    "mechanism": name,
+                    "summary": cls.summary,
+                    "options": {p.name: p.default for p in options},
+                    "parameters": net.n_parameters() - plain + len(learned) * model.d_model,
+                    "export": natural_form(sink, model),
+                    "kept": cls.kept,
+                    "source": cls.source,
+                }
+            )
+    return entries
+
+
+def _options(row: dict[str, Any]) -> str:
+    return ", ".join(f"{k}={v}" for k, v in row["options"].items())
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    columns = ["mechanism", "options", "parameters", "export", "kept when streaming", "source"]
+    cells = [
+        [f"`{r['mechanism']}`", _options(r), f"{r['parameters']:,}", r["export"], r["kept"], r["source"]] for r in rows
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [columns, ["---"] * len(columns), *cells])
+
+
+def _table(rows: list[dict[str, Any]], config: str) -> str:
+    from rich.console import Console
+    from rich.table import Table
+
+    forms = "; ".join(f"{form}: {what}" for form, what in FORMS.items())
+    table = Table(caption=f"Parameters: added to {config}. Export {forms}.", caption_justify="left", show_lines=True)
+    for name in ("mechanism", "parameters", "export", "what it is; options; what a stream keeps; source"):
+        table.add_column(name, no_wrap=name in ("mechanism", "parameters"))
+    for r in rows:
+        about = [r["summary"], *([_options(r)] if r["options"] else []), f"keeps {r['kept']}", r["source"]]
+        table.add_row(r["mechanism"], f"{r['parameters']:,}", r["export"], "\n".join(about))
+    console = Console()
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get().rstrip()
