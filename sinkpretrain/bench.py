@@ -2,63 +2,88 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import gc
+import functools
+import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from sinkpretrain import hf, metrics
-from sinkpretrain.config import LogConfig, RunConfig, load_yaml, recipe_path, sink_recipe
-from sinkpretrain.data import Samples, Stream, open_data, training_order
+from sinkpretrain import metrics
+from sinkpretrain.config import LogConfig, RunConfig, load_yaml, recipe_names, recipe_path, sink_recipe
+from sinkpretrain.data import Batch, Samples, Stream, open_data, training_order
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import write_json
 from sinkpretrain.lit import PretrainModule
 from sinkpretrain.model import GPTNeoX
+from sinkpretrain.peers import PEERS
+from sinkpretrain.profiling import profile
 from sinkpretrain.provenance import provenance
+from sinkpretrain.timing import FLUSH, bare_step, device, figure, matmul_rate, seconds_per_step, start_clean
 from sinkpretrain.tokens import TokenWriter
 from sinkpretrain.train import resolve, train
 
-FLUSH = 5
-"""Steps between two readings of the clock; reading it waits for the GPU."""
-
 SYNTHETIC_TOKENS = 20_000_000
+SYNTHETIC_IDS = 2048
+"""Ids of the random tokens where a recipe leaves the tokenizer to its data."""
+
+SIZES = {
+    "pythia-14m": 32,
+    "pythia-31m": 32,
+    "pythia-70m": 32,
+    "pythia-410m": 16,
+    "pythia-1b": 8,
+    "pythia-1.4b": 8,
+}
+"""The other sizes that the suite measures, and samples per step that 80 GB hold at context 2,048."""
 
 
 def bench(
     out: str,
     model: str = "pythia-160m",
     sinks: str = "vanilla",
-    context: int = 2048,
-    micro_batch: int = 32,
-    steps: int = 40,
+    models: str = "",
+    context: int = 0,
+    micro_batch: int = 0,
+    steps: int = 60,
     compile: bool = True,
     fused: bool = True,
     bare: bool = False,
+    kernels: bool = False,
     peers: str = "",
+    suite: bool = False,
+    minutes: float = 0.0,
 ) -> dict[str, Any]:
-    """Tokens per second of training, through the real trainer and data path, on random tokens.
+    """Tokens per second of training, on random tokens. Each figure is printed and written as soon as it is there.
+
+    The first of the sinks goes through the real trainer and data path, the other sinks and the other models through a
+    bare loop of the same step.
 
     Args:
         out: JSON file for the figures.
-        model: recipe of the model.
-        sinks: recipes of sink mechanisms, separated by commas.
-        context: tokens per sample.
-        micro_batch: samples per optimizer step, in one pass on one device.
+        model: recipe of the model; ``demo`` is the demo's.
+        sinks: recipes of sink mechanisms, separated by commas, or ``all``.
+        models: recipes of further models, separated by commas.
+        context: tokens per sample; 0 is the recipe's.
+        micro_batch: samples per optimizer step, in one pass on one device; 0 is the recipe's.
         steps: optimizer steps; the first third is warm-up.
         compile: run the model through torch.compile.
         fused: use the fused kernels.
-        bare: also run the same step without Lightning, data and logging.
+        bare: also run the first one's step without Lightning, data and logging.
+        kernels: also say where a step's time goes on the GPU.
         peers: other implementations of the same model to run beside it, separated by commas: hf, hf-compiled,
             litgpt-compiled.
+        suite: everything at once, in order of importance.
+        minutes: begin no further measurement after that many; 0 is no limit.
 
     Returns:
         What is in the file: figures with device, versions and commit.
@@ -66,207 +91,170 @@ def bench(
     Raises:
         UserError: an unknown peer or recipe, or a peer that is not installed.
     """
+    if suite:
+        bare, sinks = True, "all"
+        models, peers, kernels = (
+            (",".join(SIZES), "litgpt-compiled,hf-compiled,hf", True) if _cuda() else ("", "hf", False)
+        )
     wanted = [p for p in peers.split(",") if p]
     for peer in wanted:
         if peer not in PEERS:
             raise UserError(f"unknown peer {peer!r}; known: {', '.join(PEERS)}.")
-    cuda = torch.cuda.is_available()
-    report: dict[str, Any] = {"what": "train", **provenance("cuda" if cuda else "cpu"), "figures": []}
-    report["matmul_flops_per_second"] = ceiling = matmul_rate()
     with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(Path(folder), context, micro_batch, steps, compile, fused)
+        names = recipe_names("sinks") if sinks == "all" else sinks.split(",")
+        names.sort(key=lambda name: name != "vanilla")
+        first = setting.config(model, names[0])
+        peer_jobs = {peer: functools.partial(peer_loop, peer, first) for peer in wanted}
+        jobs: dict[str, Callable[[], dict[str, Any]]] = {f"ours: {names[0]}": functools.partial(ours, first)}
+        if bare:
+            jobs[f"bare loop: {names[0]}"] = functools.partial(bare_loop, first, kernels and _cuda())
+        jobs |= itertools.islice(peer_jobs.items(), 1)
+        for name in names[1:]:
+            jobs[f"bare loop: {name}"] = functools.partial(bare_loop, setting.config(model, name, short=True))
+        for other in filter(None, models.split(",")):
+            jobs[other] = functools.partial(bare_loop, setting.config(other, "vanilla", short=True))
+        report = Report(Path(out), suite, minutes)
+        for name, job in (jobs | peer_jobs).items():
+            report.add(name, job)
+    return report.finish()
+
+
+def _cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+# --- what is measured ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all measurements of a run have in common."""
+
+    folder: Path
+    context: int
+    micro_batch: int
+    steps: int
+    compile: bool
+    fused: bool
+
+    def config(self, model: str, sink: str, short: bool = False) -> RunConfig:
+        """A recipe as a run on random tokens that does nothing but train; ``short`` takes a third of the steps."""
         base = load_yaml(RunConfig, recipe_path(model))
-        ids = synthetic(Path(folder) / "tokens", base.model.tokenizer_size)
-        base = dataclasses.replace(
+        batch = self.micro_batch or (SIZES.get(model) if _cuda() else None) or base.training.micro_batch
+        ids = base.model.tokenizer_size or SYNTHETIC_IDS
+        return dataclasses.replace(
             base,
-            model=dataclasses.replace(base.model, context=context),
-            data=dataclasses.replace(base.data, path=str(ids), batch_size=micro_batch),
+            name=sink,
+            out=str(self.folder / f"{model}-{sink}"),
+            sink=sink_recipe(sink),
+            model=dataclasses.replace(base.model, context=self.context or base.model.context, tokenizer_size=ids),
+            data=dataclasses.replace(base.data, path=str(synthetic(self.folder / f"ids-{ids}", ids)), batch_size=batch),
             training=dataclasses.replace(
                 base.training,
-                steps=steps,
-                micro_batch=micro_batch,
+                steps=max(2 * FLUSH, self.steps // 3) if short else self.steps,
+                micro_batch=batch,
                 devices=1,
-                compile=compile,
-                fused=fused,
-                precision="bf16-mixed" if cuda else "32-true",
+                compile=self.compile,
+                fused=self.fused,
+                precision="bf16-mixed" if _cuda() else "32-true",
             ),
-            # Nothing but training and its record; weights are kept at the start and end, outside the clock.
             log=LogConfig(
                 every=FLUSH, validate_every=0, probe_every=0, checkpoint_every=0, weights_every=0, progress=False
             ),
         )
-        for sink in sinks.split(","):
-            config = dataclasses.replace(base, out=f"{folder}/{sink}", sink=sink_recipe(sink), name=sink)
-            report["figures"].append(_show(ours(config), ceiling))
-            if bare:
-                report["figures"].append(_show(bare_loop(config), ceiling))
-        for peer in wanted:
-            report["figures"].append(_show(peer_loop(peer, base), ceiling))
-    write_json(Path(out), report)
-    return report
-
-
-def _show(figure: dict[str, Any], ceiling: float) -> dict[str, Any]:
-    figure["share_of_matmul_rate"] = round(figure["model_flops_per_second"] / ceiling, 4)
-    print(
-        f"{figure['name']:<28} {figure['tokens_per_second']:>12,.0f} tokens/s  {figure['milliseconds']:8.2f} ms/step  "
-        f"{100 * figure['share_of_matmul_rate']:5.1f} % of a bf16 product  "
-        f"{figure['peak_memory_bytes'] / 2**30:5.1f} GiB  first step {figure['first_step_seconds']:.1f} s",
-        flush=True,
-    )
-    return figure
-
-
-# --- ours ---------------------------------------------------------------------------------------------------------
 
 
 def ours(config: RunConfig) -> dict[str, Any]:
-    """``sinkpretrain train`` itself; the rate is the median over flushes of its own record."""
-    _clean()
+    """``sinkpretrain train`` itself; the rate is the median over full flushes of its own record."""
+    start_clean()
     started = time.perf_counter()
-    first: list[float] = []
-    flush = PretrainModule._flush
+    with _watching() as (flushes, waits):
+        train(config)
+    lines = [line for line in metrics.read(Path(config.out)) if "tokens_per_second" in line]
+    # Steps 1, 2, 4, 8 ... keep weights and so flush early: leave out what is shorter than the others.
+    full = [b for a, b in itertools.pairwise(lines) if b["step"] - a["step"] == FLUSH]
+    kept = (full or lines)[len(full) // 3 :]
+    rates = [line["tokens_per_second"] for line in kept]
+    tokens = config.data.batch_size * config.model.context
+    seconds = tokens / statistics.median(rates)
+    waited = sum(waits[len(waits) // 3 :]) / max(1, len(waits) - len(waits) // 3)
+    return figure(
+        f"ours: {config.name}",
+        seconds,
+        tokens,
+        _flops(resolve(config, open_data(config.data))),
+        first_flush_seconds=flushes[0] - started,
+        waiting_for_data=waited / seconds,
+        spread=max(rates) / min(rates) - 1,
+    )
+
+
+@contextlib.contextmanager
+def _watching() -> Iterator[tuple[list[float], list[float]]]:
+    """When the trainer flushed, and for how many seconds it waited for each batch."""
+    flushes: list[float] = []
+    waits: list[float] = []
+    flush, iterate = PretrainModule._flush, Stream.__iter__
 
     def noting(self: PretrainModule) -> None:
         flush(self)
-        first.append(time.perf_counter())
+        flushes.append(time.perf_counter())
 
-    PretrainModule._flush = noting  # type: ignore[method-assign]
+    def timed(self: Stream) -> Iterator[Batch]:
+        batches = iterate(self)
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches)
+            waits.append(time.perf_counter() - asked)
+            yield batch
+
+    PretrainModule._flush, Stream.__iter__ = noting, timed  # type: ignore[method-assign]
     try:
-        train(config)
+        yield flushes, waits
     finally:
-        PretrainModule._flush = flush  # type: ignore[method-assign]
-    rates = [line["tokens_per_second"] for line in metrics.read(Path(config.out)) if "tokens_per_second" in line]
-    kept = rates[len(rates) // 3 :]
-    rate = statistics.median(kept)
-    flops = _flops(resolve(config, open_data(config.data)))
-    tokens = config.data.batch_size * config.model.context
-    return _figure(f"ours: {config.name}", rate, tokens, flops, first[0] - started, spread=max(kept) / min(kept) - 1)
+        PretrainModule._flush, Stream.__iter__ = flush, iterate  # type: ignore[method-assign]
 
 
-def bare_loop(config: RunConfig) -> dict[str, Any]:
+def bare_loop(config: RunConfig, kernels: bool = False) -> dict[str, Any]:
     """The same module's loss, optimizer and clipping in a loop of its own, on one batch that never changes."""
-    _clean()
+    start_clean()
     config = resolve(config, open_data(config.data))
-    module = PretrainModule(config).to(_device())
-    optimizer = module.configure_optimizers()
+    module = PretrainModule(config).to(device())
     ids, labels = _one_batch(config, module.model.prefix_ids)
-    rate, first = _loop(lambda: module.loss(ids, labels), module.model, optimizer, ids.numel(), config.training.steps)
-    return _figure(f"bare loop: {config.name}", rate, ids.numel(), module.model.flops_per_token(), first)
-
-
-# --- peers --------------------------------------------------------------------------------------------------------
+    step = bare_step(lambda: module.loss(ids, labels), module.model, module.configure_optimizers())
+    seconds, first = seconds_per_step(step, config.training.steps)
+    more = {"where": profile(step)} if kernels else {}
+    return figure(
+        f"bare loop: {config.name}",
+        seconds,
+        ids.numel(),
+        module.model.flops_per_token(),
+        compile_seconds=first - seconds,
+        parameters=module.model.n_parameters(),
+        **more,
+    )
 
 
 def peer_loop(peer: str, config: RunConfig) -> dict[str, Any]:
     """Another implementation of the same model in a bare loop: same tokens, precision, optimizer and clipping."""
-    _clean()
+    start_clean()
     config = resolve(config, open_data(config.data))
     net, loss = PEERS[peer](config)
-    net.to(_device())
+    net.to(device())
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
     ids, labels = _one_batch(config, ())
-    rate, first = _loop(lambda: loss(ids, labels), net, optimizer, ids.numel(), config.training.steps)
-    return _figure(peer, rate, ids.numel(), _flops(config), first)
-
-
-def _transformers(config: RunConfig, compiled: bool) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    net = GPTNeoXForCausalLM(GPTNeoXConfig(**hf.hf_config(config.model), attn_implementation="sdpa"))
-
-    def loss(ids: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(net(ids, use_cache=False).logits.float().flatten(0, 1), labels.flatten())
-
-    return net, torch.compile(loss) if compiled else loss
-
-
-def _litgpt(config: RunConfig) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
-    """litgpt's own model; its loss, like its pretraining script's, is taken on bf16 logits."""
-    try:
-        from litgpt import GPT, Config  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise UserError(
-            f"the peer litgpt cannot be imported ({error}); `pip install --no-deps litgpt psutil` adds it, since its "
-            "pins exclude our versions."
-        ) from error
-    m = config.model
-    settings = Config.from_name(
-        "pythia-160m",
-        n_layer=m.n_layer,
-        n_head=m.n_head,
-        n_embd=m.d_model,
-        intermediate_size=m.d_ff,
-        block_size=m.context,
-        padded_vocab_size=m.vocab_size,
-    )
-    net = GPT(settings)
-
-    def loss(ids: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(net(ids).flatten(0, 1), labels.flatten())
-
-    return net, torch.compile(loss)
-
-
-PEERS: dict[str, Callable[[RunConfig], tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]]] = {
-    "hf": lambda config: _transformers(config, compiled=False),
-    "hf-compiled": lambda config: _transformers(config, compiled=True),
-    "litgpt-compiled": _litgpt,
-}
-
-
-# --- measuring ----------------------------------------------------------------------------------------------------
-
-
-def _loop(
-    loss: Callable[[], Tensor], net: nn.Module, optimizer: torch.optim.Optimizer, tokens: int, steps: int
-) -> tuple[float, float]:
-    """(tokens per second, seconds of the first step) of a plain training loop; the median over groups of steps."""
-    device = next(net.parameters()).device
-    times: list[float] = []
-    started = clock = time.perf_counter()
-    first = 0.0
-    for step in range(steps):
-        optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            value = loss()
-        value.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0, foreach=True)
-        optimizer.step()
-        if step == 0:
-            value.item()
-            first = time.perf_counter() - started
-        if step % FLUSH == FLUSH - 1:
-            value.item()
-            times.append(time.perf_counter() - clock)
-            clock = time.perf_counter()
-    return tokens * FLUSH / statistics.median(times[len(times) // 3 :]), first
-
-
-def _figure(
-    name: str, rate: float, tokens: int, flops: float, first: float, spread: float | None = None
-) -> dict[str, Any]:
-    cuda = torch.cuda.is_available()
-    return {
-        "name": name,
-        "tokens_per_second": round(rate, 1),
-        "milliseconds": round(1000 * tokens / rate, 3),
-        "tokens_per_step": tokens,
-        "model_flops_per_second": rate * flops,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
-        "first_step_seconds": round(first, 2),
-        "spread": None if spread is None else round(spread, 4),
-    }
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    step = bare_step(lambda: loss(ids, labels), net, optimizer)
+    seconds, first = seconds_per_step(step, config.training.steps // 2)
+    return figure(peer, seconds, ids.numel(), _flops(config), compile_seconds=first - seconds)
 
 
 def _one_batch(config: RunConfig, prefix: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Ids and labels of the first step, on the device."""
     samples = Samples(open_data(config.data).train, config.model, prefix)
-    batch = next(iter(Stream(samples, training_order(config.data, samples), config.training.micro_batch)))
-    return batch.ids.to(_device()), batch.labels.to(_device())
+    stream = Stream(samples, training_order(config.data, samples), config.training.micro_batch)
+    batch = stream.share(0)
+    return batch.ids.to(device()), batch.labels.to(device())
 
 
 def _flops(config: RunConfig) -> float:
@@ -275,34 +263,104 @@ def _flops(config: RunConfig) -> float:
         return GPTNeoX(config.model, config.sink, seed=None).flops_per_token()
 
 
-def matmul_rate(size: int = 8192) -> float:
-    """Floating-point operations per second of a large bf16 product (fp32 and smaller on a CPU), on random data."""
-    cuda = torch.cuda.is_available()
-    n, dtype = (size, torch.bfloat16) if cuda else (2048, torch.float32)
-    a, b = (torch.randn(n, n, device="cuda" if cuda else "cpu", dtype=dtype) for _ in range(2))
-    times = []
-    for _ in range(12):
-        started = time.perf_counter()
-        for _ in range(5):
-            a @ b
-        if cuda:
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - started) / 5)
-    return 2 * n**3 / statistics.median(times[3:])
-
-
 def synthetic(prefix: Path, tokenizer_size: int) -> Path:
-    """A token file of random ids."""
-    generator = np.random.default_rng(0)
-    with TokenWriter(prefix, tokenizer_size) as writer:
-        for _ in range(20):
-            writer.add_document(generator.integers(0, tokenizer_size, SYNTHETIC_TOKENS // 20))
+    """A token file of random ids, written once."""
+    if not prefix.with_suffix(".idx").is_file():
+        generator = np.random.default_rng(0)
+        with TokenWriter(prefix, tokenizer_size) as writer:
+            for _ in range(20):
+                writer.add_document(generator.integers(0, tokenizer_size, SYNTHETIC_TOKENS // 20))
     return prefix
 
 
-def _clean() -> None:
-    torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+# --- what is said about it ----------------------------------------------------------------------------------------
+
+
+class Report:
+    """The figures so far, on the screen and in the file.
+
+    Args:
+        out: the JSON file, written anew after each figure.
+        lenient: what cannot be measured (a peer that is not installed, too little memory) is noted and passed over.
+        minutes: begin nothing more after that many; 0 is no limit.
+    """
+
+    def __init__(self, out: Path, lenient: bool, minutes: float) -> None:
+        self.out, self.lenient, self.minutes = out, lenient, minutes
+        self.started = time.perf_counter()
+        self.ceiling = matmul_rate()
+        self.figures: dict[str, dict[str, Any]] = {}
+        self.left_out: dict[str, str] = {}
+        self.about = {
+            "what": "train",
+            **provenance("cuda" if _cuda() else "cpu"),
+            "matmul_flops_per_second": self.ceiling,
+        }
+
+    def add(self, name: str, measure: Callable[[], dict[str, Any]]) -> None:
+        minutes = (time.perf_counter() - self.started) / 60
+        if self.minutes and minutes > self.minutes:
+            self.left_out[name] = f"not begun after {self.minutes:g} minutes"
+            return
+        try:
+            figure = measure()
+        except (UserError, torch.cuda.OutOfMemoryError) as error:
+            if not self.lenient:
+                raise
+            self.left_out[name] = " ".join(str(error).split())[:300]
+            print(f"{name:<34} left out: {self.left_out[name]}", flush=True)
+            return
+        figure["share_of_matmul_rate"] = round(figure["model_flops_per_second"] / self.ceiling, 4)
+        self.figures[name] = figure | {"name": name}
+        print(_line(self.figures[name]), flush=True)
+        self._write()
+
+    def finish(self) -> dict[str, Any]:
+        report = self._write()
+        for name, value in report["comparisons"].items():
+            print(f"{name}: {value:.4f}")
+        for name, reason in self.left_out.items():
+            print(f"left out: {name} ({reason})")
+        return report
+
+    def _write(self) -> dict[str, Any]:
+        report = self.about | {
+            "figures": list(self.figures.values()),
+            "comparisons": comparisons(self.figures),
+            "left_out": self.left_out,
+            "seconds": round(time.perf_counter() - self.started, 1),
+        }
+        write_json(self.out, report)
+        return report
+
+
+def comparisons(figures: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Ratios of figures: ours over each peer, the trainer's cost over the bare loop, each mechanism's over vanilla."""
+    rates = {name: f["tokens_per_second"] for name, f in figures.items()}
+    first = next((r for name, r in rates.items() if name.startswith("ours: ")), None)
+    vanilla = rates.get("bare loop: vanilla")
+    found = {}
+    for name, rate in rates.items():
+        if first and name in PEERS:
+            found[f"ours over {name}"] = round(first / rate, 4)
+        if first and f"ours: {name.removeprefix('bare loop: ')}" in rates and name.startswith("bare"):
+            found["cost of Lightning, data and record"] = round(rate / first - 1, 4)
+        elif vanilla and name.startswith("bare loop: "):
+            found[f"cost of {name.removeprefix('bare loop: ')} over vanilla"] = round(vanilla / rate - 1, 4)
+    return found
+
+
+def _line(figure: dict[str, Any]) -> str:
+    start = figure.get("compile_seconds", figure.get("first_flush_seconds"))
+    text = (
+        f"{figure['name']:<34} {figure['tokens_per_second']:>12,.0f} tokens/s  {figure['milliseconds']:9.2f} ms/step  "
+        f"{100 * figure['share_of_matmul_rate']:5.1f} % of a product's rate  "
+        f"{figure['peak_memory_bytes'] / 2**30:5.1f} GiB  start {start:.1f} s"
+    )
+    if "waiting_for_data" in figure:
+        text += f"  waiting for data {100 * figure['waiting_for_data']:.2f} %"
+    if "where" in figure:
+        text += f"\n    GPU busy {100 * figure['where']['busy']:.1f} %; " + ", ".join(
+            f"{name} {ms:.1f} ms" for name, ms in figure["where"]["classes"].items()
+        )
+    return text

@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sinkpretrain.bench import matmul_rate
 from sinkpretrain.comparison.paper import FIGURE_10, FIGURE_10_CITATION
 from sinkpretrain.config import ModelConfig
 from sinkpretrain.decode import Engine, Outbox, Replayed, TokenStream
@@ -31,6 +30,7 @@ from sinkpretrain.model import GPTNeoX
 from sinkpretrain.provenance import provenance
 from sinkpretrain.sampling import Sampler, Sampling
 from sinkpretrain.streaming import Cache, stream_nll
+from sinkpretrain.timing import matmul_rate
 
 START = 4
 """Initial positions in every cache, as in the paper's figure."""

@@ -330,13 +330,22 @@ def recipe_path(name: str) -> Path:
     given = Path(name)
     if given.is_file():
         return given
-    here = Path(__file__).parent
-    # In a wheel the recipes lie inside the package, in a checkout beside it.
-    for folder in (here / "configs", here.parent / "configs"):
+    for folder in _recipe_folders():
         for candidate in (folder / name, folder / f"{name}.yaml", folder / "sinks" / f"{name}.yaml"):
             if candidate.is_file():
                 return candidate
-    known = sorted({p.stem for f in (here / "configs", here.parent / "configs") for p in f.rglob("*.yaml")})
+    known = sorted({p.stem for f in _recipe_folders() for p in f.rglob("*.yaml")})
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known recipes: {', '.join(known)}."
     raise UserError(f"no recipe or file called {name!r}; {hint}")
+
+
+def recipe_names(folder: str) -> list[str]:
+    """The recipes that come with the package in a folder of ``configs``."""
+    return sorted({p.stem for f in _recipe_folders() for p in (f / folder).glob("*.yaml")})
+
+
+def _recipe_folders() -> tuple[Path, Path]:
+    """In a wheel the recipes lie inside the package, in a checkout beside it."""
+    here = Path(__file__).parent
+    return here / "configs", here.parent / "configs"

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import sysconfig
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from sinkpretrain.config import RunConfig, from_dict, sink_recipe, to_dict
+from sinkpretrain.config import RunConfig, load_yaml, recipe_path, sink_recipe
 from sinkpretrain.errors import UserError
 
 SINKS = ("vanilla", "zero-sink", "one-sink-token")
@@ -26,25 +27,15 @@ HONEST = (
 
 
 def recipe(sink: str, data: Path, out: Path, steps: int) -> RunConfig:
-    """A model of a million parameters, context 128, for one minute on two cores."""
-    return from_dict(
-        RunConfig,
-        {
-            "out": str(out),
-            "name": sink,
-            "model": {"n_layer": 4, "d_model": 128, "n_head": 4, "context": 128},
-            "sink": to_dict(sink_recipe(sink)),
-            "data": {"path": str(data), "batch_size": 16, "validation_samples": 128},
-            "optimizer": {"lr": 2e-3, "min_lr": 2e-4, "warmup": 0.05},
-            "training": {"steps": steps, "micro_batch": 16, "precision": "32-true"},
-            "log": {
-                "every": 20,
-                "validate_every": 100,
-                "probe_every": 200,
-                "checkpoint_every": 500,
-                "weights_every": 0,
-            },
-        },
+    """The demo's model and schedule (``configs/demo.yaml``) with one mechanism."""
+    base = load_yaml(RunConfig, recipe_path("demo"))
+    return replace(
+        base,
+        out=str(out),
+        name=sink,
+        sink=sink_recipe(sink),
+        data=replace(base.data, path=str(data)),
+        training=replace(base.training, steps=steps),
     )
 
 

@@ -47,6 +47,17 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
         tl.store(base + column, gradient.to(logits.dtype.element_ty), mask=column < V)
 
 
+_LOSS_BLOCK, _LOSS_WARPS = 8192, 16
+
+
+def cross_entropy_rows(logits: Tensor, labels: Tensor, losses: Tensor) -> None:
+    """Fill ``losses`` [N] (fp32; 0 for a label of -100) and replace ``logits`` [N, V] by their gradients."""
+    N, V = logits.shape
+    _cross_entropy_kernel[(N,)](
+        logits, labels, losses, V, logits.stride(0), 1.0, -100, BLOCK=_LOSS_BLOCK, num_warps=_LOSS_WARPS
+    )
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross entropy of ``h @ w.T``, the gradient taken with the loss while a part of the logits exists.
 
@@ -67,9 +78,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             h.chunk(parts), labels.chunk(parts), losses.chunk(parts), d_h.chunk(parts), strict=True
         ):
             logits = h_part @ w.T
-            _cross_entropy_kernel[(len(logits),)](
-                logits, labels_part, losses_part, w.shape[0], logits.stride(0), 1.0, -100, BLOCK=8192, num_warps=16
-            )
+            cross_entropy_rows(logits, labels_part, losses_part)
             torch.mm(logits, w, out=d_h_part)
             if d_w is None:
                 d_w = torch.mm(logits.T, h_part, out_dtype=torch.float32)

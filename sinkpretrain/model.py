@@ -20,6 +20,29 @@ from sinkpretrain.language import Attend
 from sinkpretrain.ops import linear_gelu
 
 
+class Causal:
+    """Attention as in training (an ``Attend``): token i attends to the tokens 0 .. i, or to what a mask leaves of them.
+
+    Args:
+        tables: cos and sin of every position, fp32 [2, T, R].
+        mask: what a query sees, bool broadcastable to [B, H, T, S]; None is plain causal attention.
+    """
+
+    def __init__(self, tables: Tensor, mask: Tensor | None) -> None:
+        self.tables, self.mask = tables, mask
+        self.seen = torch.arange(1, tables.shape[1] + 1, device=tables.device) if mask is None else mask.sum(-1)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> Tensor:
+        cos, sin = self.tables
+        return self.rotated(rotate(q, cos, sin), rotate(k, cos, sin), v, sink)
+
+    def rotated(self, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, sink: sinks.Mechanism) -> Tensor:
+        """The same for queries and keys that stand at their positions already."""
+        if sink.weigher is not None:
+            return weighed_attention(q_BHTD, k_BHTD, v_BHTD, sink.weigher, self.mask)
+        return causal_attention(q_BHTD, k_BHTD, v_BHTD, sink.column(q_BHTD, self.seen), self.mask)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, sink: SinkConfig, layer: int) -> None:
         super().__init__()
@@ -91,7 +114,7 @@ class GPTNeoX(nn.Module):
         mechanism = sinks.build(sink, config)
         self.prefix_ids = mechanism.prefix_ids(sinks.Vocabulary(config.tokenizer_size, config.vocab_size))
         self.adds_column = mechanism.adds_column
-        self._causal: dict[tuple[int, torch.device], Attend] = {}
+        self._causal: dict[tuple[int, torch.device], Causal] = {}
         if len(self.prefix_ids) >= config.context:
             raise UserError(
                 f"{len(self.prefix_ids)} sink tokens leave no room for text in a context of {config.context} tokens."
@@ -113,7 +136,7 @@ class GPTNeoX(nn.Module):
         normed: Tensor = self.ln_f(x_BTC)
         return normed
 
-    def causal(self, length: int, device: torch.device) -> Attend:
+    def causal(self, length: int, device: torch.device) -> Causal:
         """Attention over positions 0 .. length - 1, as in training: causal, within the window if there is one.
 
         Made once per length and device: compiled code takes its rotary tables as given instead of computing them anew
@@ -126,7 +149,7 @@ class GPTNeoX(nn.Module):
                 self._causal[length, device] = self._attend(positions, self._visible(positions) if windowed else None)
         return self._causal[length, device]
 
-    def within_documents(self, ids_BT: Tensor, end: int) -> Attend:
+    def within_documents(self, ids_BT: Tensor, end: int) -> Causal:
         """As ``causal``, but no query sees past the token ``end`` that closes an earlier document.
 
         The prefix stays visible to every document. Positions go on counting through a sample: among a document's
@@ -142,17 +165,8 @@ class GPTNeoX(nn.Module):
     def _visible(self, positions_T: Tensor) -> Tensor:
         return visible_keys(positions_T[:, None], positions_T, self.windows[0], self.pinned)
 
-    def _attend(self, positions_T: Tensor, mask: Tensor | None) -> Attend:
-        cos, sin = self.rope(positions_T)
-        seen = positions_T + 1 if mask is None else mask.sum(-1)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> Tensor:
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            if sink.weigher is not None:
-                return weighed_attention(q, k, v, sink.weigher, mask)
-            return causal_attention(q, k, v, sink.column(q, seen), mask)
-
-        return attend
+    def _attend(self, positions_T: Tensor, mask: Tensor | None) -> Causal:
+        return Causal(torch.stack(self.rope(positions_T)), mask)
 
     slopes: Tensor | None = None
     learned_positions: int | None = None

@@ -15,6 +15,7 @@ HAVE_TRITON = importlib.util.find_spec("triton") is not None
 if HAVE_TRITON:
     # Here and not where it is used: an import inside compiled code would break its graph.
     from sinkpretrain import fused as fused_kernels
+    from sinkpretrain import fused_block
 
 IGNORED = -100
 """Label of a position without a target, as in torch's cross entropy."""
@@ -28,20 +29,44 @@ def can_fuse(x: Tensor) -> bool:
     return HAVE_TRITON and x.is_cuda and torch.is_grad_enabled() and torch.is_autocast_enabled("cuda")
 
 
-def linear_gelu(x_BTC: Tensor, linear: nn.Linear, fused: bool) -> Tensor:
-    """gelu(linear(x)), the exact GELU."""
-    if not (fused and can_fuse(x_BTC)):
-        return F.gelu(linear(x_BTC))
-    dtype = torch.get_autocast_dtype("cuda")
-    flat = x_BTC.to(dtype).flatten(0, 1)
+def fused_dtype() -> torch.dtype:
+    """The 16-bit dtype that autocast takes products in."""
+    return torch.get_autocast_dtype("cuda")
+
+
+def linear_gelu(x: Tensor, linear: nn.Linear, fused: bool) -> Tensor:
+    """gelu(linear(x)), the exact GELU; x [..., C]."""
+    if not (fused and can_fuse(x)):
+        return F.gelu(linear(x))
+    dtype = fused_dtype()
+    flat = x.to(dtype).reshape(-1, x.shape[-1])
     out: Tensor = fused_kernels.LinearGELU.apply(flat, linear.weight.to(dtype), linear.bias.to(dtype))  # type: ignore[no-untyped-call]
-    return out.view(*x_BTC.shape[:2], -1)
+    return out.view(*x.shape[:-1], -1)
+
+
+def linear_rotary(x_NC: Tensor, linear: nn.Linear, tables_2TR: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, H, T, D] of normed inputs, rotated to their positions; only where ``can_fuse``."""
+    dtype = fused_dtype()
+    out: tuple[Tensor, Tensor, Tensor] = fused_block.linear_rotary(
+        x_NC.to(dtype), linear.weight.to(dtype), linear.bias.to(dtype), tables_2TR, heads
+    )
+    return out
+
+
+def add_norms(
+    parts: tuple[Tensor, Tensor, Tensor], bias_C: Tensor, norms: tuple[nn.LayerNorm, nn.LayerNorm]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of three [N, C] (fp32 and twice 16 bits) and a bias, and its two norms; only where ``can_fuse``."""
+    n1, n2 = norms
+    vectors = torch.stack((bias_C, n1.weight, n1.bias, n2.weight, n2.bias)).float()
+    out: tuple[Tensor, Tensor, Tensor] = fused_block.AddNorms.apply(*parts, vectors, n1.eps)  # type: ignore[no-untyped-call]
+    return out
 
 
 def linear_cross_entropy(h_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, fused: bool) -> Tensor:
     """Mean negative log-likelihood, nats, fp32, of the labels under softmax(h @ weight.T); -100 has no loss."""
     if fused and can_fuse(h_NC):
-        h = h_NC.to(torch.get_autocast_dtype("cuda"))
+        h = h_NC.to(fused_dtype())
         parts = max(1, -(-len(h) * len(weight_VC) * h.element_size() // LOGIT_BYTES))
         loss: Tensor = fused_kernels.LinearCrossEntropy.apply(h, weight_VC, labels_N, parts)  # type: ignore[no-untyped-call]
         return loss

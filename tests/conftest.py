@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # decides at import whether kernels run on a CPU
 
 from sinkpretrain.config import ModelConfig, SinkConfig
 from sinkpretrain.model import GPTNeoX

@@ -14,11 +14,12 @@ from data_factory import make_data
 from test_train import checkpoint, config, record, run_command
 
 from sinkpretrain.attention import causal_attention
-from sinkpretrain.config import SinkConfig
+from sinkpretrain.config import ModelConfig, SinkConfig
 from sinkpretrain.model import GPTNeoX
 from sinkpretrain.sinks import Column
 from sinkpretrain.streaming import Cache, dense_nll, recompute_nll, stream_nll, token_loop_nll
 from sinkpretrain.train import train
+from sinkpretrain.trunk import FusedTrunk
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -136,3 +137,25 @@ def test_fused_gelu(compiled: bool) -> None:
     assert ((got.double() - plain).norm() / plain.norm()).item() < 1e-2
     for g, w in zip(torch.autograd.grad(got, (x, linear.weight, linear.bias), d_out.to(got.dtype)), want, strict=True):
         assert ((g.double() - w).norm() / w.norm()).item() < 1e-2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fused_trunk_rounds_no_worse_than_autocast(mechanism: SinkConfig, compiled: bool) -> None:
+    """Against fp32: hidden states and every gradient as close as the plain model under the same autocast."""
+    torch._dynamo.reset()
+    size = ModelConfig(n_layer=3, d_model=192, n_head=3, vocab_size=256, tokenizer_size=200, context=128)
+    net = peaked(GPTNeoX(size, mechanism, seed=2), factor=3.0).cuda()
+    ids = torch.randint(0, 200, (4, 128), device="cuda")
+    attend = net.causal(128, ids.device)
+    parameters = {n: p for n, p in net.named_parameters() if n != "head.weight"}
+
+    def run(hidden, narrow: bool) -> list[torch.Tensor]:
+        with torch.autocast("cuda", torch.bfloat16, enabled=narrow):
+            out = hidden(ids, attend)
+        direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).cuda()
+        return [out, *torch.autograd.grad((out * direction).sum(), list(parameters.values()))]
+
+    exact, plain, fused = run(net.hidden, False), run(net.hidden, True), run(FusedTrunk(net, compiled), True)
+    for name, e, p, f in zip(["hidden", *parameters], exact, plain, fused, strict=True):
+        allowed = 1.5 * (p - e).norm() + 1e-3 * e.norm()
+        assert (f - e).norm() < allowed, name
