@@ -9,12 +9,11 @@ from typing import Any, Literal
 from rich.console import Console
 
 from sinkpretrain.comparison import numbers, paper
+from sinkpretrain.comparison.blocks import Picture, Section
 from sinkpretrain.comparison.numbers import Group, Record
 from sinkpretrain.comparison.read import Found, find
 from sinkpretrain.comparison.render import as_csv, console_table, finite, html, markdown
 from sinkpretrain.comparison.sections import (
-    Picture,
-    Section,
     all_settings,
     has_paper,
     papers_table,

@@ -33,6 +33,7 @@ from sinkpretrain.checkpoint import (
 )
 from sinkpretrain.config import OptimizerConfig, RunConfig
 from sinkpretrain.data import Batch, shared_targets
+from sinkpretrain.device import peak_memory
 from sinkpretrain.guards import Guard, finite
 from sinkpretrain.load import METADATA_KEY, describe, step_of, write_weights
 from sinkpretrain.measures import sink_measures
@@ -323,6 +324,7 @@ class PretrainModule(L.LightningModule):
         lines[-1] |= {
             "tokens_per_second": round(tokens_per_second, 1),
             "model_flops_per_second": tokens_per_second * self.model.flops_per_token(),
+            "peak_memory_bytes": peak_memory(self.device),
         }
         self._pending = []
         self._clock, self._clock_step = time.perf_counter(), last_step

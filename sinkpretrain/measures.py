@@ -156,10 +156,13 @@ def _measure_batch(model: LanguageModel, ids_BT: Tensor) -> dict[str, Tensor]:
 
 
 def rates(m: Measures, thresholds: Sequence[float] = THRESHOLDS) -> dict[str, dict[str, float]]:
-    """Sink_k at each threshold: of position 0, of the first text token if there is a prefix, of the column if any."""
+    """Sink_k at each threshold: of position 0, of the first text token if there is a prefix, of the column if any; of
+    all sink tokens together if there are several."""
     of = {"sink_rates": m.first}
     if m.n_prefix:
         of["text_rates"] = m.text
+    if m.n_prefix > 1:
+        of["prefix_rates"] = m.prefix
     if m.column.any():
         of["column_rates"] = m.column
     return {name: {f"{t:g}": round(sink_rate(a, t), 5) for t in thresholds} for name, a in of.items()}

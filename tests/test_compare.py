@@ -17,8 +17,8 @@ from rich.console import Console
 
 from sinkpretrain.compare import compare, log_to_wandb, print_table
 from sinkpretrain.comparison import numbers
+from sinkpretrain.comparison.blocks import number
 from sinkpretrain.comparison.read import About, Run
-from sinkpretrain.comparison.sections import number
 from sinkpretrain.config import RunConfig
 from sinkpretrain.errors import UserError
 from sinkpretrain.figures import running_change, running_perplexity
@@ -188,6 +188,17 @@ def test_running_perplexity() -> None:
     x, y = running_perplexity(np.full(1000, np.log(7.0), dtype=np.float32))
     assert x[-1] == 1000
     assert y == pytest.approx(np.full(len(y), 7.0), rel=1e-5)
+
+
+def test_models_with_the_same_seed_are_not_seeds_of_one_recipe(tmp_path: Path) -> None:
+    """Something else differs (a learning rate, say), and a mean over them would be a mean over nothing."""
+    for name, seed, value in (("a", 1, 18.0), ("b", 1, 20.0), ("c", 2, 19.0)):
+        make_result(tmp_path / name, "vanilla", {"4+60": value}, shape=TINY, name=name, seed=seed)
+    compare([tmp_path], tmp_path / "out")
+    lines = (tmp_path / "out" / "table3.md").read_text().splitlines()
+    assert lines[4:7] == [
+        f"| vanilla: {n}, step 10 | {v} |" for n, v in (("a", "18.00"), ("b", "20.00"), ("c", "19.00"))
+    ]
 
 
 def test_running_change() -> None:

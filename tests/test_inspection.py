@@ -143,6 +143,16 @@ def test_models_of_other_makers_can_be_inspected(text: str, tmp_path: Path) -> N
     assert "emergence" not in results
 
 
+def test_a_family_whose_attention_cannot_be_read_is_refused(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "mamba"}')
+    assert main(["inspect", str(tmp_path / "other"), "--tokens", text, "--out", str(tmp_path / "out")]) == 2
+    assert "holds a 'mamba' model; known families: gpt_neox" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

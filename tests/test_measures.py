@@ -244,6 +244,7 @@ def test_thresholds_fall_and_hold_the_published_one(mechanism: SinkConfig) -> No
     assert rates == sorted(rates, reverse=True)
     assert measures["sink_rates"]["0.3"] == measures["sink_share"]
     assert ("text_rates" in measures) == bool(net.prefix_ids)
+    assert ("prefix_rates" in measures) == (len(net.prefix_ids) > 1)
     assert ("column_rates" in measures) == net.adds_column
 
 

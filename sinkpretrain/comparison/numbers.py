@@ -64,12 +64,16 @@ def _seeds(result: Result) -> tuple[int, ...] | None:
 
 
 def group(results: list[Result]) -> list[Group]:
-    """Models of one mechanism, shape and number of steps together; reads all losses (UserError if it cannot)."""
-    members: dict[str, list[Result]] = defaultdict(list)
+    """Models of one mechanism, shape and number of steps together, unless two of them have the same seeds.
+
+    Reads all losses; raises UserError if it cannot.
+    """
+    alike: dict[str, list[Result]] = defaultdict(list)
     for r in results:
         model = r.data["model"]
-        members[json.dumps([r.mechanism, model["shape"], model["step"]], sort_keys=True)].append(r)
-    groups_of = Counter(found[0].mechanism for found in members.values())
+        alike[json.dumps([r.mechanism, model["shape"], model["step"]], sort_keys=True)].append(r)
+    members = [part for found in alike.values() for part in _only_seeds_differ(found)]
+    groups_of = Counter(found[0].mechanism for found in members)
     return [
         Group(
             title=found[0].mechanism if groups_of[found[0].mechanism] == 1 else full_name(found),
@@ -77,18 +81,24 @@ def group(results: list[Result]) -> list[Group]:
             results=found,
             losses=[{s: r.nll(s) for s in r.settings} for r in found],
         )
-        for found in members.values()
+        for found in members
     ]
 
 
-def full_name(of: Sequence[Result | About]) -> str:
+def _only_seeds_differ(results: list[Result]) -> list[list[Result]]:
+    """The models as one group; each alone if two have the same seeds, for then something else differs as well."""
+    known = [seeds for seeds in map(_seeds, results) if seeds is not None]
+    return [results] if len(known) == len(set(known)) else [[r] for r in results]
+
+
+def full_name(of: Sequence[About]) -> str:
     """``vanilla: small, step 500``: what tells models from others of their mechanism."""
     names = ", ".join(dict.fromkeys(entry.name for entry in of))
     step = of[0].data["model"]["step"]
     return f"{of[0].mechanism}: {names}" + (f", step {step:,}" if step is not None else "")
 
 
-def titles(of: Sequence[Result | About]) -> list[str]:
+def titles(of: Sequence[About]) -> list[str]:
     """The mechanism of each, with its name and step where several share one."""
     counts = Counter(entry.mechanism for entry in of)
     return [entry.mechanism if counts[entry.mechanism] == 1 else full_name([entry]) for entry in of]

@@ -23,17 +23,11 @@ ZERO_SHOT, INSPECTION = "zero_shot.json", "inspect.json"
 
 
 @dataclass(frozen=True)
-class Result:
-    """One model over one text, as ``sinkpretrain stream`` left it, in one folder or in several.
-
-    files: the losses of each setting.
-    sources: the content of each results file that something is shown from, with its folder.
-    """
+class About:
+    """What a command found out about one model (``inspect``, ``zero-shot``; ``Result`` for ``stream``)."""
 
     folder: Path
     data: dict[str, Any]
-    files: dict[str, Path]
-    sources: list[dict[str, Any]]
 
     @property
     def mechanism(self) -> str:
@@ -42,6 +36,18 @@ class Result:
     @property
     def name(self) -> str:
         return str(self.data["model"]["name"])
+
+
+@dataclass(frozen=True)
+class Result(About):
+    """One model over one text, as ``sinkpretrain stream`` left it, in one folder or in several.
+
+    files: the losses of each setting.
+    sources: the content of each results file that something is shown from, with its folder.
+    """
+
+    files: dict[str, Path]
+    sources: list[dict[str, Any]]
 
     @property
     def settings(self) -> dict[str, dict[str, Any]]:
@@ -108,22 +114,6 @@ class Run:
         return [line["step"] for line in chosen], [line["loss"] for line in chosen]
 
 
-@dataclass(frozen=True)
-class About:
-    """What ``inspect`` or ``zero-shot`` found out about one model."""
-
-    folder: Path
-    data: dict[str, Any]
-
-    @property
-    def mechanism(self) -> str:
-        return str(self.data["model"]["mechanism"])
-
-    @property
-    def name(self) -> str:
-        return str(self.data["model"]["name"])
-
-
 @dataclass
 class Found:
     """Everything to compare."""
@@ -169,7 +159,7 @@ def find(paths: list[Path]) -> Found:
     )
 
 
-def by_mechanism(entry: Result | Run | About) -> tuple[int, str]:
+def by_mechanism(entry: Run | About) -> tuple[int, str]:
     """Mechanisms in the order of their registry."""
     names = list(REGISTRY)
     kind = entry.mechanism.partition("(")[0]

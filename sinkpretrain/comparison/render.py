@@ -16,8 +16,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from sinkpretrain import figures
+from sinkpretrain.comparison.blocks import Picture, Section, Table
 from sinkpretrain.comparison.numbers import Record
-from sinkpretrain.comparison.sections import Picture, Section, Table
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:

@@ -3,45 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from sinkpretrain import figures, inspect_figures
 from sinkpretrain.comparison import numbers, paper
+from sinkpretrain.comparison.blocks import (
+    Block,
+    Picture,
+    Section,
+    Table,
+    cell,
+    change,
+    formatted,
+    heading,
+    interval,
+    memory,
+    number,
+    share,
+)
 from sinkpretrain.comparison.numbers import Group, Record
 from sinkpretrain.comparison.read import About, Found, Result, setting_order
-
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells as they are printed; the first ``labels`` columns are text, the rest numbers."""
-
-    head: list[str]
-    rows: list[list[str]]
-    labels: int = 1
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure, the name of its file, and what it shows in words."""
-
-    name: str
-    caption: str
-    figure: Figure
-
-
-Block = str | Table | Picture
-
-
-@dataclass
-class Section:
-    title: str
-    blocks: list[Block] = field(default_factory=list)
 
 
 def sections(found: Found, groups: list[Group], settings: list[str], with_paper: bool) -> list[Section]:
@@ -119,30 +102,8 @@ def papers_table() -> Table:
     return Table(["mechanism", *settings], rows)
 
 
-def number(value: float | None) -> str:
-    """A perplexity as the paper prints it: two decimals, none above 1,000."""
-    if value is None:
-        return ""
-    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
-
-
-def cell(entry: Record | None, with_paper: bool) -> str:
-    """``18.21 ± 0.05 (18.01)``: our mean, half its interval over seeds if there are several, the paper's value."""
-    if entry is None:
-        return ""
-    text = number(entry["mean"])
-    if entry["high"] is not None:
-        half = entry["high"] - entry["mean"]
-        text += f" ± {half:,.0f}" if entry["mean"] >= 1000 else f" ± {number(half)}"
-    return f"{text} ({number(entry['paper'])})" if with_paper and entry["paper"] else text
-
-
 def row_title(g: Group) -> str:
     return g.title + (f" (n={len(g.results)})" if len(g.results) > 1 else "")
-
-
-def heading(setting: str) -> str:
-    return setting.replace("-nocolumn", " without column").replace("-initial-", " initial token ")
 
 
 def conditions(results: list[Result]) -> list[str]:
@@ -208,24 +169,14 @@ def difference_table(records: list[Record]) -> Table:
                 heading(r["setting"]),
                 heading(r["reference"]) if same else f"{r['against']} {heading(r['reference'])}",
                 f"{r['nats']:+.4f}",
-                _change(numbers.percent(r["nats"])) + " %",
-                _interval(r["low"], r["high"]),
-                *([_interval(r["seed_low"], r["seed_high"])] if seeds else []),
+                change(numbers.percent(r["nats"])) + " %",
+                interval(r["low"], r["high"]),
+                *([interval(r["seed_low"], r["seed_high"])] if seeds else []),
             ]
             for r in records
         ],
         labels=3,
     )
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    if low is None or high is None:
-        return ""
-    return f"{_change(numbers.percent(low))} to {_change(numbers.percent(high))} %"
-
-
-def _change(value: float) -> str:
-    return f"{value:+.2f}" if abs(value) < 1000 else f"{value:+,.0f}" if abs(value) < 1e7 else f"{value:+.0e}"
 
 
 # --- training, sinks, speed, tasks --------------------------------------------------------------------------------
@@ -234,7 +185,7 @@ def _change(value: float) -> str:
 def training(found: Found) -> Section:
     rows = []
     for r in map(numbers.training, found.runs):
-        losses = [_format(r["training_loss"], ".3f"), _format(r["validation_loss"], ".4f")]
+        losses = [formatted(r["training_loss"], ".3f"), formatted(r["validation_loss"], ".4f")]
         rows.append([r["name"], r["mechanism"], str(r["seed"]), f"{r['steps']:,}", *losses])
     curves = [(r.name, r.curve("train"), r.curve("validation")) for r in found.runs]
     return Section(
@@ -293,8 +244,8 @@ def inspection_table(abouts: list[About]) -> Table:
             [
                 r["title"],
                 *(f"{100 * r['sink_rates'][t]:.1f} %" for t in thresholds),
-                _share(r["text_rate"]),
-                _share(r["column_rate"]),
+                share(r["text_rate"]),
+                share(r["column_rate"]),
                 f"{r['first']:.3f}",
                 f"{r['floor']:.3f}",
                 f"{r['last_query']:.3f} at {r['last_query_positions']:,}",
@@ -321,7 +272,7 @@ def logged_table(records: list[Record]) -> Table:
                 r["name"],
                 r["mechanism"],
                 f"{r['step']:,}",
-                _share(r["sink_share"]),
+                share(r["sink_share"]),
                 mean(r, "first_mass"),
                 f"{r['uniform_floor']:.3f}",
                 mean(r, "column_mass"),
@@ -353,9 +304,9 @@ def training_speed_table(records: list[Record]) -> Table:
     rows = []
     for r in records:
         rate, vanilla = r["tokens_per_second"], base.get(r["device"])
-        share = f"{rate / vanilla:.2f} x" if rate and vanilla else ""
+        beside = f"{rate / vanilla:.2f} x" if rate and vanilla else ""
         rows.append(
-            [r["name"], r["mechanism"], r["device"], _format(rate, ",.0f"), share, _memory(r["peak_memory_bytes"])]
+            [r["name"], r["mechanism"], r["device"], formatted(rate, ",.0f"), beside, memory(r["peak_memory_bytes"])]
         )
     head = ["training run", "mechanism", "device", "tokens/s", "of vanilla's", "peak memory"]
     return Table(head, rows, labels=3)
@@ -369,9 +320,9 @@ def streaming_speed_table(records: list[Record]) -> Table:
         rows.setdefault((r["title"], f"{r['device']}, {r['dtype']}"), {})[r["setting"]] = r
     body = []
     for (title, where), by_setting in rows.items():
-        rates = [_format(by_setting[s]["tokens_per_second"], ",.0f") if s in by_setting else "" for s in settings]
-        memory = [r["peak_memory_bytes"] for r in by_setting.values() if r["peak_memory_bytes"]]
-        body.append([title, where, *rates, _memory(max(memory) if memory else None)])
+        rates = [formatted(by_setting[s]["tokens_per_second"], ",.0f") if s in by_setting else "" for s in settings]
+        peaks = [r["peak_memory_bytes"] for r in by_setting.values() if r["peak_memory_bytes"]]
+        body.append([title, where, *rates, memory(max(peaks) if peaks else None)])
     return Table(["streaming", "device", *map(heading, settings), "peak memory"], body, labels=2)
 
 
@@ -397,18 +348,6 @@ def zero_shot(abouts: list[About], with_paper: bool) -> Section:
         "Zero-shot tasks",
         [Table(["model", *tasks], rows), note + (f" In parentheses: {paper.ZERO_SHOT_CITATION}." if shown else "")],
     )
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
-
-
-def _format(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def _memory(value: int | None) -> str:
-    return "" if value is None else f"{value / GIB:.2f} GiB"
 
 
 # --- provenance ---------------------------------------------------------------------------------------------------
