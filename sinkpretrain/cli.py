@@ -42,6 +42,7 @@ COMMANDS = {
     "export": Command("sinkpretrain.commands", "export", "a Hugging Face folder from a run"),
     "list": Command("sinkpretrain.commands", "list_mechanisms", "the sink mechanisms and what each of them needs"),
     "bench": Command("sinkpretrain.commands", "bench", "how fast training and decoding are on this machine"),
+    "doctor": Command("sinkpretrain.commands", "doctor", "is everything there that a training job needs?"),
     "submit": Command("sinkpretrain.commands", "submit", "a whole experiment to a Slurm cluster"),
     "demo": Command("sinkpretrain.commands", "demo", "the whole path in a few minutes, without a network"),
 }

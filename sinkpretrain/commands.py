@@ -7,6 +7,7 @@ import difflib
 import importlib
 import json
 import re
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ import jsonargparse
 from sinkpretrain.config import RunConfig, from_dict, load_yaml, recipe_path
 from sinkpretrain.errors import UserError
 from sinkpretrain.experiment import load_member
-from sinkpretrain.signals import PROCESS
+from sinkpretrain.signals import PROCESS, launched_rank
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -136,7 +137,7 @@ def load_run_config(argv: Sequence[str]) -> RunConfig:
     return parse_run(argv)[0]
 
 
-def parse_run(argv: Sequence[str]) -> tuple[RunConfig, bool]:
+def parse_run(argv: Sequence[str], command: str = "train") -> tuple[RunConfig, bool]:
     """The configuration of a run, and whether it may differ from the one that its run directory was made with.
 
     Raises:
@@ -153,7 +154,7 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, bool]:
         else:
             arguments.append(argument)
     parser = Parser(
-        "train",
+        command,
         description="Train a model; the same command continues an interrupted run. --config takes files or the names "
         "of recipes that come with the package (pythia-160m, one-sink-token, ...), several separated by commas.",
     )
@@ -347,3 +348,16 @@ def submit(argv: Sequence[str]) -> int:
     for name, number in ids.items():
         print(f"{number}\t{name}")
     return 0
+
+
+def doctor(argv: Sequence[str]) -> int:
+    config, _ = parse_run(argv, "doctor")
+    from sinkpretrain.doctor import doctor as run
+
+    findings = run(config)
+    failed = [f for f in findings if f.ok is False]
+    # Every process looks after itself; what all have in common is said once.
+    rank = launched_rank()
+    for finding in findings if rank == 0 else failed:
+        print(finding if rank == 0 else f"{finding} (rank {rank} on {socket.gethostname()})", flush=True)
+    return 1 if failed else 0

@@ -28,9 +28,14 @@ def requeue(job: str) -> str | None:
     return problem if answer is None else None
 
 
+def show(job: str) -> str | None:
+    """What ``scontrol`` says about a job, on one line; None if it does not answer."""
+    return _scontrol("-o", "show", "job", job)[0]
+
+
 def end_time(job: str) -> float | None:
     """When the job's time limit ends, in seconds since 1970; None if nobody says."""
-    answer, _ = _scontrol("-o", "show", "job", job)
+    answer = show(job)
     found = re.search(r"\bEndTime=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", answer or "")
     if found:
         return datetime.fromisoformat(found.group(1)).timestamp()

@@ -135,7 +135,9 @@ class Train:
         fault = {"fault": name, "at": before, "resumed_at": at, "lost": max(0, before - at)}
         self.faults.append(fault)
         if THOROUGH:
-            with (ROOT / "results" / "faults" / "slurm.jsonl").open("a") as file:
+            path = ROOT / "results" / "faults" / "slurm.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            with path.open("a") as file:
                 file.write(json.dumps(fault) + "\n")
 
 
@@ -166,7 +168,15 @@ def jobs(cluster: Cluster, work: Path) -> dict[str, Train]:
         f"sinkpretrain train --config '{work}/recipe.yaml' --out '{work}/runs/differing' "
         "--optimizer.weight-decay 0.$SLURM_PROCID"
     )
-    differing = f"srun --kill-on-bad-exit=1 bash '{work}/differing.sh'"
+    (work / "doctor.sh").write_text(
+        f"sinkpretrain doctor --config '{work}/recipe.yaml' --out '{work}/runs/doctor' --model.context 64"
+    )
+
+    def srun(name: str) -> Train:
+        wrapped = f"--wrap=srun --kill-on-bad-exit=1 bash '{work}/{name}.sh'"
+        job = cluster.call("sbatch", "--parsable", *NODES, "--requeue", f"--output={work}/{name}.log", wrapped)
+        return Train(cluster, work / "runs" / name, work / f"{name}.log", job)
+
     return {
         "undisturbed": Train.submit(cluster, work, "undisturbed"),
         "full": full,
@@ -175,12 +185,8 @@ def jobs(cluster: Cluster, work: Path) -> dict[str, Train]:
         ),
         "stalled": Train.submit(cluster, work, "stalled", "--training.stall-seconds=6", "--training.steps=100000"),
         "half": Train.submit(cluster, work, "half", *alone, "--training.steps=100000", options=ONE),
-        "differing": Train(
-            cluster,
-            work / "runs" / "differing",
-            work / "differing.log",
-            cluster.call("sbatch", "--parsable", *NODES, f"--output={work}/differing.log", f"--wrap={differing}"),
-        ),
+        "differing": srun("differing"),
+        "doctor": srun("doctor"),
     }
 
 
@@ -203,6 +209,17 @@ def test_processes_with_other_settings_are_refused(cluster: Cluster, jobs: dict[
     assert cluster.wait_end(train.job) == "FAILED"
     assert "rank 1 on node2 differs from rank 0 on node1: setting optimizer.weight_decay" in train.log.read_text()
     assert train.step() == 0
+
+
+def test_doctor_meets_all_processes(cluster: Cluster, jobs: dict[str, Train]) -> None:
+    train = jobs["doctor"]
+    assert cluster.wait_end(train.job) == "COMPLETED", train.log.read_text()
+    text = train.log.read_text()
+    assert "ok   hello: 2 processes on 2 nodes met at node1:" in text
+    for name in ("same everywhere", "SLURM_NNODES", "SLURM_NTASKS", "time limit", "requeue: allowed", "attention"):
+        assert f"ok   {name}" in text
+    assert "FAIL" not in text
+    assert not train.run.exists()
 
 
 def test_a_stalled_rank_is_named(cluster: Cluster, jobs: dict[str, Train]) -> None:
