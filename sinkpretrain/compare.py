@@ -95,6 +95,7 @@ def subtitle(found: Found) -> str:
 
 def _records(found: Found, groups: list[Group], settings: list[str]) -> dict[str, list[Record]]:
     return {
+        "provenance": numbers.sources(found),
         "table3": numbers.perplexities(found.results, settings),
         "differences": [*numbers.own_differences(groups), *numbers.vanilla_differences(groups)],
         "training": [numbers.training(run) for run in found.runs],
@@ -115,7 +116,7 @@ def as_json(c: Comparison) -> dict[str, Any]:
         "settings": c.settings,
         "groups": [{"title": g.title, "n": len(g.results), "cells": numbers.cells(g, c.settings)} for g in c.groups],
         **c.records,
-        "provenance": [source for r in c.found.results for source in r.sources],
+        "results": [source for r in c.found.results for source in r.sources],
         "runs": [{"folder": str(r.folder), "name": r.name, "about": r.about} for r in c.found.runs],
         "inspections": [{"folder": str(a.folder)} | a.data for a in c.found.inspections],
         "zero_shot_files": [{"folder": str(a.folder)} | a.data for a in c.found.zero_shot],

@@ -114,7 +114,8 @@ def test_table_with_the_papers_numbers_beside_ours(table3: list[Path], tmp_path:
     assert rows[0] == "mechanism,name,step,setting,perplexity,low,high,paper"
     assert "vanilla,a,10,4+1020,18.25,18.0675,18.4325,18.05" in rows
     whole = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert whole["provenance"][0]["model"]["sha256"] == "vanilla"
+    assert whole["results"][0]["model"]["sha256"] == "vanilla"
+    assert whole["provenance"][0]["model"] == "vanilla"
     assert "| stream | a | vanilla | t-hash-01234 | cpu | torch 2.13.0 | abc | 2026-01-01T00:00:00+00:00 |" in text
 
 
@@ -267,9 +268,9 @@ def test_speeds_stand_beside_vanillas_on_the_same_device(tmp_path: Path) -> None
             file.write(json.dumps(line) + "\n")
     compare([tmp_path / sink for sink in made], tmp_path / "out")
     text = (tmp_path / "out" / "comparison.md").read_text()
-    assert "| vanilla | vanilla | gpu | 1,000 | 1.00 x | 1.50 GiB |" in text
-    assert "| zero_sink | zero_sink | gpu | 950 | 0.95 x | 1.50 GiB |" in text
-    assert "| sink_logit | sink_logit | cpu | 10 |  | 1.50 GiB |" in text
+    assert "| vanilla | vanilla | 1,000 | 1.00 x | 1.50 GiB | gpu |" in text
+    assert "| zero_sink | zero_sink | 950 | 0.95 x | 1.50 GiB | gpu |" in text
+    assert "| sink_logit | sink_logit | 10 |  | 1.50 GiB | cpu |" in text
 
 
 def test_emergence_prefers_measured_checkpoints_to_logged_lines(tmp_path: Path) -> None:
@@ -287,11 +288,11 @@ def test_zero_shot_files_become_a_table_with_the_papers_numbers(tmp_path: Path) 
         make_result(tmp_path / name, mechanism, {"4+1020": 18.0}, shape)
         model = json.loads((tmp_path / name / "results.json").read_text())["model"]
         tasks = {
-            "piqa": {"acc": 0.615, "acc_norm": 0.62, "stderr": 0.0114, "n": 1838},
+            "piqa": {"acc": 0.615, "acc_norm": 0.62, "stderr": 0.0114, "acc_stderr": 0.0114, "n": 1838, "version": 1.0},
             "lambada_openai": {"perplexity": 30.0, "acc": 0.4, "stderr": 0.007, "n": 5153},
         }
         (tmp_path / name / "zero_shot.json").write_text(
-            json.dumps({"what": "zero_shot", "model": model, "tasks": tasks})
+            json.dumps({"what": "zero_shot", "model": model, "tasks": tasks, "harness": "0.4.9", "limit": 1000})
         )
     compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
     text = (tmp_path / "out" / "comparison.md").read_text()
@@ -299,7 +300,8 @@ def test_zero_shot_files_become_a_table_with_the_papers_numbers(tmp_path: Path) 
     assert "| vanilla | 61.5 ± 1.1 (62.2) | 40.0 ± 0.7 (39.6) |" in text
     assert "| sink_tokens(n=1) | 61.5 ± 1.1 | 40.0 ± 0.7 |" in text  # not the paper's shape
     assert "zero-shot | a" in text
-    assert "vanilla,piqa,0.615,0.62,0.0114,1838" in (tmp_path / "out" / "zero_shot.csv").read_text()
+    assert "lm-evaluation-harness 0.4.9. Only the first 1,000 questions of each task." in text
+    assert "vanilla,piqa,0.615,0.62,0.0114,0.0114,1838,1.0" in (tmp_path / "out" / "zero_shot.csv").read_text()
     (tmp_path / "b" / "zero_shot.json").write_text("{}")
     with pytest.raises(UserError, match=r"zero_shot\.json was not written by sinkpretrain zero-shot"):
         compare([tmp_path / "b"], tmp_path / "out")
@@ -382,7 +384,7 @@ def test_settings_of_one_model_in_two_folders_come_together(tmp_path: Path) -> N
         c = compare([a, b], tmp_path / "out")
     assert "| vanilla | 20.00 | 19.00 | 18.00 |" in (tmp_path / "out" / "table3.md").read_text()
     assert [d["setting"] for d in c.records["differences"]] == ["0+64", "1+63"]
-    sources = json.loads((tmp_path / "out" / "comparison.json").read_text())["provenance"]
+    sources = json.loads((tmp_path / "out" / "comparison.json").read_text())["results"]
     assert [(s["folder"], list(s["settings"])) for s in sources] == [(str(a), ["0+64", "1+63"]), (str(b), ["4+60"])]
 
 
@@ -422,7 +424,7 @@ def test_runs_become_a_table_and_a_figure(tmp_path: Path) -> None:
     compare([run], tmp_path / "out")
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert "| r | sink_tokens(n=2) | 1234 | 1,000 | 3.010 | 3.2500 |" in text
-    assert "| r | sink_tokens(n=2) |  | 1,500 |  |" in text
+    assert "| r | sink_tokens(n=2) | 1,500 |  |  |  |" in text
     image = imread(tmp_path / "out" / "loss.png")
     assert image.shape[:2] == (660, 1125)
     assert image[..., :3].std() > 0.02

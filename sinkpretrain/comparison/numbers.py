@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sinkpretrain.comparison import paper
-from sinkpretrain.comparison.read import About, Result, Run, setting_order
+from sinkpretrain.comparison.read import About, Found, Result, Run, setting_order
 from sinkpretrain.statistics import paired_difference, t_interval
 
 Losses = NDArray[np.float32]
@@ -299,7 +299,45 @@ def accuracies(about: About) -> dict[str, tuple[float, float | None]]:
     """By task: accuracy, or the task's first metric where it has none, and its standard error."""
     found = {}
     for task, entry in about.data["tasks"].items():
-        names = [k for k in entry if k not in ("stderr", "n") and isinstance(entry[k], int | float)]
-        if names:
-            found[task] = (float(entry["acc" if "acc" in names else names[0]]), entry.get("stderr"))
+        metrics = [k for k in entry if k not in ("n", "version") and not k.endswith("stderr")]
+        if metrics:
+            found[task] = (float(entry["acc" if "acc" in metrics else metrics[0]]), entry.get("stderr"))
     return found
+
+
+# --- provenance ---------------------------------------------------------------------------------------------------
+
+
+def sources(found: Found) -> list[Record]:
+    """One record per file, and per attempt of a run, that a number came from."""
+    records = []
+    for r in found.results:
+        for source in r.sources:
+            data = source["tokens"]["sha256"]
+            records.append(_source("stream", source, source["model"]["name"], data) | {"folder": source["folder"]})
+    for run in found.runs:
+        identity = run.about.get("data", {})
+        data = identity.get("train_sha256") or identity.get("train_fingerprint") or ""
+        for attempt in run.about.get("attempts") or [run.about]:
+            records.append(_source("train", attempt, run.name, data) | {"folder": str(run.folder)})
+    for kind, abouts in (("inspect", found.inspections), ("zero-shot", found.zero_shot)):
+        for a in abouts:
+            tasks = {name: file["sha256"] for name, file in a.data.get("data", {}).items() if file}
+            data = a.data.get("tokens", {}).get("sha256") or " ".join(tasks.values())
+            records.append(_source(kind, a.data, a.name, data) | {"folder": str(a.folder)})
+    return records
+
+
+def _source(kind: str, about: dict[str, Any], name: str, data: str) -> Record:
+    library = about.get("versions", {})
+    return {
+        "from": kind,
+        "name": name,
+        "model": about.get("model", {}).get("sha256", ""),
+        "data": data,
+        "device": about.get("device", ""),
+        "versions": ", ".join(f"{k} {library[k]}" for k in ("sinkpretrain", "torch") if k in library),
+        "commit": about.get("commit") or "",
+        "made": about.get("created", ""),
+        "command": about.get("command", ""),
+    }

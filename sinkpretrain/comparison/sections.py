@@ -305,11 +305,10 @@ def training_speed_table(records: list[Record]) -> Table:
     for r in records:
         rate, vanilla = r["tokens_per_second"], base.get(r["device"])
         beside = f"{rate / vanilla:.2f} x" if rate and vanilla else ""
-        rows.append(
-            [r["name"], r["mechanism"], r["device"], formatted(rate, ",.0f"), beside, memory(r["peak_memory_bytes"])]
-        )
-    head = ["training run", "mechanism", "device", "tokens/s", "of vanilla's", "peak memory"]
-    return Table(head, rows, labels=3)
+        peak = memory(r["peak_memory_bytes"])
+        rows.append([r["name"], r["mechanism"], formatted(rate, ",.0f"), beside, peak, r["device"]])
+    head = ["training run", "mechanism", "tokens/s", "of vanilla's", "peak memory", "device"]
+    return Table(head, rows, labels=2)
 
 
 def streaming_speed_table(records: list[Record]) -> Table:
@@ -322,8 +321,8 @@ def streaming_speed_table(records: list[Record]) -> Table:
     for (title, where), by_setting in rows.items():
         rates = [formatted(by_setting[s]["tokens_per_second"], ",.0f") if s in by_setting else "" for s in settings]
         peaks = [r["peak_memory_bytes"] for r in by_setting.values() if r["peak_memory_bytes"]]
-        body.append([title, where, *rates, memory(max(peaks) if peaks else None)])
-    return Table(["streaming", "device", *map(heading, settings), "peak memory"], body, labels=2)
+        body.append([title, *rates, memory(max(peaks) if peaks else None), where])
+    return Table(["streaming", *map(heading, settings), "peak memory", "device"], body)
 
 
 def zero_shot(abouts: list[About], with_paper: bool) -> Section:
@@ -344,42 +343,25 @@ def zero_shot(abouts: list[About], with_paper: bool) -> Section:
             row.append(text)
         rows.append(row)
     note = "Accuracy in per cent ± one standard error over the questions."
-    return Section(
-        "Zero-shot tasks",
-        [Table(["model", *tasks], rows), note + (f" In parentheses: {paper.ZERO_SHOT_CITATION}." if shown else "")],
-    )
+    if shown:
+        note += f" In parentheses: {paper.ZERO_SHOT_CITATION}."
+    harness = _all(str(a.data["harness"]) for a in abouts if "harness" in a.data)
+    limits = _all(f"{a.data['limit']:,}" for a in abouts if a.data.get("limit"))
+    if harness:
+        note += f" lm-evaluation-harness {harness}."
+    if limits:
+        note += f" Only the first {limits} questions of each task."
+    return Section("Zero-shot tasks", [Table(["model", *tasks], rows), note])
 
 
 # --- provenance ---------------------------------------------------------------------------------------------------
 
 
 def provenance(found: Found) -> Table:
-    """One row per file that a number came from."""
-    rows: list[list[str]] = []
-
-    def add(kind: str, folder: str, name: str, about: dict[str, Any], model: str, data: str) -> None:
-        library = about.get("versions", {})
-        made = ", ".join(f"{k} {library[k]}" for k in ("sinkpretrain", "torch") if k in library)
-        commit = about.get("commit") or ""
-        device, created = about.get("device", ""), about.get("created", "")
-        rows.append(
-            [kind, name, model[:12], data[:12], device, made, commit, created, about.get("command", ""), folder]
-        )
-
-    for r in found.results:
-        for source in r.sources:
-            model, tokens = source["model"], source["tokens"]
-            add("stream", source["folder"], model["name"], source, model["sha256"], tokens["sha256"])
-    for run in found.runs:
-        data = run.about.get("data", {})
-        identity = str(data.get("train_sha256") or data.get("train_fingerprint") or "")
-        for attempt in run.about.get("attempts") or [run.about]:
-            add("train", str(run.folder), run.name, attempt, "", identity)
-    for kind, abouts in (("inspect", found.inspections), ("zero-shot", found.zero_shot)):
-        for a in abouts:
-            tokens = a.data.get("tokens", {}).get("sha256", "")
-            add(kind, str(a.folder), a.name, a.data, a.data["model"]["sha256"], tokens)
+    """One row per file that a number came from; hashes are shortened here, not in provenance.csv."""
     head = ["from", "name", "model", "data", "device", "versions", "commit", "made", "command", "folder"]
+    records = numbers.sources(found)
+    rows = [[str(r[key])[:12] if key in ("model", "data") else str(r[key]) for key in head] for r in records]
     return Table(head, rows, labels=len(head))
 
 
