@@ -112,26 +112,34 @@ def bench_decode(
     print(
         f"the engine and the evaluator differ by {report['difference_to_the_evaluator']:.1e} nats at most", flush=True
     )
-    held: tuple[str, LanguageModel] | None = None
-    for job in plan:
-        if minutes and time.monotonic() - started > 60 * minutes:
-            report["left_out"].append(str(job))
-            continue
-        if held is None or held[0] != job.model:
-            held = None
-            _clean(where)
-            held = (job.model, build(job.model, where, kind))
-        try:
-            report["figures"].append(_show(measure(job, held[1], seconds), report["matmul_flops_per_second"]))
-        except torch.cuda.OutOfMemoryError:
-            report["left_out"].append(f"{job}: out of memory")
-        write_json(Path(out), report)
+    try:
+        held: tuple[str, LanguageModel] | None = None
+        for job in plan:
+            if minutes and time.monotonic() - started > 60 * minutes:
+                report["left_out"].append(str(job))
+                continue
+            if held is None or held[0] != job.model:
+                held = None
+                _clean(where)
+                held = (job.model, build(job.model, where, kind))
+            try:
+                report["figures"].append(_show(measure(job, held[1], seconds), report["matmul_flops_per_second"]))
+            except torch.cuda.OutOfMemoryError:
+                report["left_out"].append(f"{job}: out of memory")
+            write_json(Path(out), report)
+    finally:  # of an interrupted run too, what there is
+        show(report, Path(out))
+    return report
+
+
+def show(report: dict[str, Any], out: Path) -> None:
+    """Plot and table."""
     from sinkpretrain.bench_figures import decode_figure
     from sinkpretrain.figures import save_figure
 
-    save_figure(decode_figure(report), Path(out).with_suffix(".png"))
+    if pairs(report):
+        save_figure(decode_figure(report), out.with_suffix(".png"))
     print(table(report))
-    return report
 
 
 def jobs(models: list[str], lengths: list[int], compiled: bool, drawings: bool) -> list[Job]:

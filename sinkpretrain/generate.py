@@ -135,6 +135,7 @@ def generate(
     tokenizer: str = "",
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    compile: bool = False,
     quiet: bool = False,
 ) -> int:
     """Text from a model, without end and at constant memory. The prompt may also come from stdin, and be of any length.
@@ -159,6 +160,7 @@ def generate(
         tokenizer: file, folder or Hub name, if not the model's own.
         dtype: of weights and activations; auto is bfloat16 on a GPU and float32 elsewhere.
         device: where to compute.
+        compile: let torch.compile fuse a step; takes up to a minute before the first token.
         quiet: no figures at the end.
 
     Returns:
@@ -182,6 +184,8 @@ def generate(
     net = loaded.model.to(where, kind)
     sampler = Sampler(sampling, forbidden(net, codec), torch.Generator(where).manual_seed(seed))
     engine = Engine(net, chosen, tracks_ids=sampler.reads_cached)
+    if compile:
+        engine.compile()
     session = Session(engine, TokenStream(engine, sampler), codec, stops, max_tokens, ignore_eod)
     try:
         if interactive:
