@@ -68,8 +68,10 @@ def bench_decode(
     caches: str = "256,512,1024,2048,4096",
     seconds: float = 1.0,
     minutes: float = 0.0,
+    recompute: bool = True,
     compile: bool = True,
     drawings: bool = True,
+    profile: bool = False,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> dict[str, Any]:
@@ -81,8 +83,10 @@ def bench_decode(
         caches: sizes L of the cache, 4 initial positions and L - 4 recent ones; separated by commas.
         seconds: how long to measure each.
         minutes: what has not begun by then is left out; 0 is no limit.
+        recompute: measure the window with re-computation too.
         compile: also measure a compiled step (of the first model, at the cache nearest to 1,024).
         drawings: also measure ways to draw a token (of the same).
+        profile: also print which kernels a token's time goes to.
         dtype: of weights and activations; auto is bfloat16 on a GPU and float32 elsewhere.
         device: where to compute.
 
@@ -97,7 +101,7 @@ def bench_decode(
         dtype, torch.bfloat16 if where.type == "cuda" else torch.float32
     )
     names, lengths = _names(models), _lengths(caches)
-    plan = jobs(names, lengths, compile, drawings)
+    plan = [job for job in jobs(names, lengths, compile, drawings) if recompute or job.strategy != "recompute"]
     started = time.monotonic()
     report: dict[str, Any] = {
         "what": "decode",
@@ -112,6 +116,7 @@ def bench_decode(
     print(
         f"the engine and the evaluator differ by {report['difference_to_the_evaluator']:.1e} nats at most", flush=True
     )
+    ceiling = report["matmul_flops_per_second"]
     try:
         held: tuple[str, LanguageModel] | None = None
         for job in plan:
@@ -123,9 +128,10 @@ def bench_decode(
                 _clean(where)
                 held = (job.model, build(job.model, where, kind))
             try:
-                report["figures"].append(_show(measure(job, held[1], seconds), report["matmul_flops_per_second"]))
-            except torch.cuda.OutOfMemoryError:
-                report["left_out"].append(f"{job}: out of memory")
+                report["figures"].append(_show(measure(job, held[1], seconds, profile), ceiling))
+            except Exception as error:  # a figure that fails must not cost the others
+                report["left_out"].append(f"{job}: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+                print(report["left_out"][-1], flush=True)
             write_json(Path(out), report)
     finally:  # of an interrupted run too, what there is
         show(report, Path(out))
@@ -249,7 +255,7 @@ class Recomputing:
         self.ids_1L.copy_(torch.cat((self.ids_1L[:, 1:], self._drawn_1[None]), dim=1))
 
 
-def measure(job: Job, model: LanguageModel, seconds: float) -> dict[str, Any]:
+def measure(job: Job, model: LanguageModel, seconds: float, profile: bool = False) -> dict[str, Any]:
     """One job's figure: tokens are taken as ``generate`` takes them, one by one on the host."""
     device = model.embed.weight.device
     _clean(device)
@@ -269,7 +275,10 @@ def measure(job: Job, model: LanguageModel, seconds: float) -> dict[str, Any]:
         if job.strategy == "streaming, compiled":
             engine.compile()
         tokens, cache_bytes = TokenStream(engine, sampler), engine.rings.memory_bytes()
-    times = _times(iter(tokens), seconds)
+    endless = iter(tokens)
+    times = _times(endless, seconds)
+    if profile:
+        print(kernels(endless, device), flush=True)
     return {
         "model": job.model,
         "strategy": job.strategy,
@@ -299,6 +308,18 @@ def _times(tokens: Iterator[int], seconds: float) -> list[float]:
         times.append(now - clock)
         clock = now
     return times
+
+
+def kernels(tokens: Iterator[int], device: torch.device, count: int = 20) -> str:
+    """What the time of ``count`` tokens went to, by kernel (by operation on a CPU)."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CUDA] if device.type == "cuda" else [ProfilerActivity.CPU]
+    with profile(activities=kinds) as seen:
+        for _ in range(count):
+            next(tokens)
+    by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    return str(seen.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=70))
 
 
 def check(device: torch.device) -> float:

@@ -9,6 +9,7 @@ Letters of the axes: B batch, T tokens, S slots, C width of the residual stream,
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -61,6 +62,11 @@ class Engine:
         self._ids_S = torch.full((self.rings.layout.slots,), -1, dtype=torch.int64, device=device)
         self.cached_S = self._ids_S.clone()
         self._trunk: Callable[[Tensor], Tensor] = self._last_logits
+        self._products: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if device.type == "cuda":
+            from sinkpretrain.one_row import OneRow  # Triton comes with torch for GPUs
+
+            self._products = OneRow()
         if model.prefix_ids:
             self.read(model.prefix_ids)
 
@@ -109,8 +115,9 @@ class Engine:
         learned = None
         if self.model.learned_positions is not None:  # in-cache positions, as everywhere
             learned = self.rings.positions(length).clamp(max=self.cache.size)
-        hidden_BTC = self.model.hidden(tokens_T[None], RingAttention(self.rings, length), learned)
-        logits: Tensor = self.model.head(hidden_BTC[0, -1])
+        with self._products if length == 1 else contextlib.nullcontext():
+            hidden_BTC = self.model.hidden(tokens_T[None], RingAttention(self.rings, length), learned)
+            logits: Tensor = self.model.head(hidden_BTC[0, -1])
         return logits
 
 

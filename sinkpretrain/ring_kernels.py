@@ -23,7 +23,7 @@ from sinkpretrain.ring import LayerBuffer, Layout
 TILE = 64
 """Slots that a program looks at together (half as many where heads are wider than 64)."""
 
-MOST_PARTS = 32
+MOST_PARTS = 64
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -34,19 +34,14 @@ def _rotated(own, partner, cos, sin, at, d, R: tl.constexpr):  # type: ignore[no
     return own * c + partner * s
 
 
-@triton.jit
-def _remainder(a, n):  # type: ignore[no-untyped-def]
-    """a mod n, not negative."""
-    return ((a % n) + n) % n
-
-
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend_kernel(  # type: ignore[no-untyped-def]
     q, k, v, k_buffer, v_buffer, cos, sin, count, slopes, placed, part_out, part_max, part_sum,
     q_b, q_h, k_b, k_h, v_b, v_h,
-    x, y, ring, window, pinned, scale,
+    x, y, ring, window, pinned,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, TILES: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, PLACED: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr, SCALE: tl.constexpr,
+    ALIBI: tl.constexpr, WINDOW: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
     """One head and one part of the slots: the softmax's maximum, its sum, and the values under it, not yet divided."""
     row, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -56,12 +51,26 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     half: tl.constexpr = R // 2
     other = tl.where(d < half, d + half, tl.where(d < R, d - half, d))
     sign = tl.where(d < half, -1.0, 1.0)
+    S = x + ring
+    base = (b * (H // GROUP) + h // GROUP).to(tl.int64) * S * D
+    first = part * BLOCK * TILES
+    last = tl.minimum(S, first + BLOCK * TILES)
 
-    # Where the token stands: see Places.
+    # A tile is asked for before it is needed, the first one before all else: its place depends on nothing.
+    s = first + tl.arange(0, BLOCK)
+    at = base + s[:, None] * D + d[None, :]
+    inside = (s < last)[:, None] & real[None, :]
+    keys_ahead = tl.load(k_buffer + at, mask=inside, other=0.0)
+    values_ahead = tl.load(v_buffer + at, mask=inside, other=0.0)
+
+    # Where the token stands: see Places. Counts may exceed 32 bits; slots do not, and arithmetic on many of them should
+    # be short and free of divisions.
     t = tl.load(count)
-    index = _remainder(t - x, ring)
-    slot = tl.where(t < x, t, x + index)
-    place = tl.minimum(t, x + y)
+    index = (tl.maximum(t - x, 0) % ring).to(tl.int32)
+    near = tl.minimum(t, x + ring).to(tl.int32)  # tells all that a query can: later, everything is as it is then
+    place = tl.minimum(near, x + y)
+    early = near < x
+    slot = tl.where(early, near, x + index)
 
     q_at = q + b * q_b + h * q_h
     q_own = tl.load(q_at + d, mask=real, other=0.0).to(tl.float32)
@@ -76,38 +85,34 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     k_own = tl.load(k_at + d, mask=real, other=0.0).to(tl.float32)
     k_partner = tl.load(k_at + other, mask=real, other=0.0).to(tl.float32) * sign
     # Rounded as the buffer rounds it: later queries see it no other way.
-    k_new = _rotated(k_own, k_partner, cos, sin, tl.where(t < x, t, index), d, R).to(k_buffer.dtype.element_ty)
+    k_new = _rotated(k_own, k_partner, cos, sin, tl.where(early, near, index), d, R).to(k_buffer.dtype.element_ty)
     v_new = tl.load(v + b * v_b + (h // GROUP) * v_h + d, mask=real, other=0.0).to(v_buffer.dtype.element_ty)
-
-    S = x + ring
-    base = (b * (H // GROUP) + h // GROUP).to(tl.int64) * S * D
-    first = part * BLOCK * TILES
     # One program owns the slot. What others read from it does not matter: all take the new key from above.
     owner = (h % GROUP == 0) & (slot >= first) & (slot < first + BLOCK * TILES)
     tl.store(k_buffer + base + slot * D + d, k_new, mask=real & owner)
     tl.store(v_buffer + base + slot * D + d, v_new, mask=real & owner)
 
-    highest = -float("inf")
-    total = 0.0
-    out = tl.zeros((WIDTH,), dtype=tl.float32)
-    for tile in range(TILES):
-        s = first + tile * BLOCK + tl.arange(0, BLOCK)
-        inside = (s < S)[:, None] & real[None, :]
-        at = base + s[:, None] * D + d[None, :]
-        keys = tl.load(k_buffer + at, mask=inside, other=0.0).to(tl.float32)
-        values = tl.load(v_buffer + at, mask=inside, other=0.0).to(tl.float32)
+    highest = tl.full((), -float("inf"), tl.float32)
+    total = tl.zeros((), tl.float32)
+    out = tl.zeros((WIDTH,), tl.float32)
+    for _ in range(TILES):
+        keys, values = keys_ahead.to(tl.float32), values_ahead.to(tl.float32)
+        at += BLOCK * D
+        inside = (s + BLOCK < last)[:, None] & real[None, :]
+        keys_ahead = tl.load(k_buffer + at, mask=inside, other=0.0)
+        values_ahead = tl.load(v_buffer + at, mask=inside, other=0.0)
         new = (s == slot)[:, None]
         keys = tl.where(new, k_new.to(tl.float32)[None, :], keys)
         values = tl.where(new, v_new.to(tl.float32)[None, :], values)
-        start = s < x
-        back = _remainder(t - s, ring)  # how long ago a key of the ring was read
+        start, older = s < x, s > slot
+        back = slot - s + tl.where(older, ring, 0)  # how long ago a key of the ring was read
         distance = tl.where(start, place - s, back)
-        visible = (s < S) & tl.where(start, s <= t, (t - back >= x) & (back <= y))
+        visible = (s < last) & tl.where(start, s <= near, (back <= y) & (back <= near - x))
         if WINDOW:
             visible = visible & ((distance < window) | (place - distance < pinned))
-        in_ring = tl.where((s - x > index)[:, None], q_before[None, :], q_same[None, :])
+        in_ring = tl.where(older[:, None], q_before[None, :], q_same[None, :])
         query = tl.where(start[:, None], q_place[None, :], in_ring)
-        logits = tl.sum(keys * query, axis=1) * scale
+        logits = tl.sum(keys * query, axis=1) * SCALE
         if ALIBI:
             logits -= tl.load(slopes + h) * distance.to(tl.float32)
         logits = tl.where(visible, logits, -float("inf"))
@@ -118,6 +123,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         total = total * keep + tl.sum(weights, axis=0)
         out = out * keep + tl.sum(weights[:, None] * values, axis=0)
         highest = new_highest
+        s += BLOCK
     tl.store(part_max + row * parts + part, highest)
     tl.store(part_sum + row * parts + part, total)
     tl.store(part_out + (row * parts + part) * D + d, out, mask=real)
@@ -194,9 +200,9 @@ class OneToken:
             q, k, v, buffer.k, buffer.v, cos, sin, self.count_1, cos if self.slopes_H is None else self.slopes_H,
             placed, part_out, part_max, part_sum,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            self.layout.cache.start, self.layout.cache.recent, self.layout.ring, window or 0, self.pinned, D**-0.5,
+            self.layout.cache.start, self.layout.cache.recent, self.layout.ring, window or 0, self.pinned,
             H=H, GROUP=H // k.shape[1], D=D, R=cos.shape[-1], WIDTH=width, BLOCK=block, TILES=tiles,
-            ALIBI=self.slopes_H is not None, WINDOW=window is not None, PLACED=column is not None,
+            SCALE=D**-0.5, ALIBI=self.slopes_H is not None, WINDOW=window is not None, PLACED=column is not None,
         )  # fmt: skip
         extra = None if column is None else column(placed)
         logit = part_max if extra is None else extra.logit.float().expand(B, H, 1)
