@@ -129,11 +129,21 @@ class Samples:
 
     def __init__(self, file: TokenFile, model: ModelConfig, prefix: tuple[int, ...]) -> None:
         self.file, self.model, self.prefix = file, model, prefix
+        self._stamp = stamp(file)
         self.n_samples = file.n_samples(model.context)
         if self.n_samples < 1:
             raise UserError(
                 f"{file.prefix} holds {file.n_tokens:,} tokens, fewer than one sample of {model.context + 1:,}; "
                 "prepare more text or lower model.context."
+            )
+
+    def require_unchanged(self) -> None:
+        """Raises UserError if the file was written to since it was opened: a mapped file changes under its reader."""
+        now = stamp(self.file)
+        if now is not None and now != self._stamp:
+            raise UserError(
+                f"{bin_file(self.file)} was changed while it was being read; put it back as it was, and give the same "
+                "command again to go on from the last checkpoint."
             )
 
     def batch(self, indices: Indices) -> Batch:
@@ -195,7 +205,10 @@ class Stream:
     def share(self, first: int) -> Batch:
         """This rank's slice of the step whose first sample is number ``first``."""
         per_rank = self.batch_size // self.world
-        return self.samples.batch(self.order(first + self.rank * per_rank, per_rank))
+        self.samples.require_unchanged()  # a file cut short would end the process where it is read
+        batch = self.samples.batch(self.order(first + self.rank * per_rank, per_rank))
+        self.samples.require_unchanged()
+        return batch
 
 
 def _put(ready: queue.Queue[Batch | BaseException], item: Batch | BaseException, closed: threading.Event) -> None:
@@ -232,6 +245,19 @@ class Tokens:
             if self.validation is not None:
                 about["validation_sha256"] = self.manifest.data_hash("validation")
         return about
+
+
+def bin_file(file: TokenFile) -> Path:
+    return file.prefix.with_name(f"{file.prefix.name}.bin")
+
+
+def stamp(file: TokenFile) -> tuple[int, int] | None:
+    """Size and time of the last change of the ``.bin``; None if it cannot be asked (a moved file stays mapped)."""
+    try:
+        status = bin_file(file).stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def fingerprint(file: TokenFile) -> str:

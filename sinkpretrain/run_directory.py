@@ -14,9 +14,9 @@ from typing import Any
 from sinkpretrain import slurm
 from sinkpretrain.checkpoint import clear_leftovers
 from sinkpretrain.config import RunConfig, load_yaml, save_yaml
-from sinkpretrain.data import Tokens
+from sinkpretrain.data import Tokens, bin_file, stamp
 from sinkpretrain.errors import UserError
-from sinkpretrain.files import exclusive, read_json, write_atomically, write_json
+from sinkpretrain.files import exclusive, read_json, sha256_file, write_atomically, write_json
 from sinkpretrain.provenance import provenance
 
 FREE_TO_CHANGE = ("out", "name", "log", "data.path", "data.validation_path")
@@ -61,7 +61,7 @@ def claim(run: Path, config: RunConfig, tokens: Tokens, allow_changes: bool = Fa
         if about is not None:
             held.enter_context(exclusive(run / "lock", f"{run} is in use by another process"))
         else:
-            about = {"data": tokens.identity(), "wandb_id": uuid.uuid4().hex[:12]}
+            about = {"data": tokens.identity(), "wandb_id": uuid.uuid4().hex[:12], "stamp": stamp(tokens.train)}
             try:
                 run.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -115,6 +115,15 @@ def _belongs(run: Path, config: RunConfig, tokens: Tokens, allow_changes: bool) 
             f"{run} was trained on other data ({', '.join(changed)} differ); choose another --out, restore "
             "data.path, or give --allow-changes to go on with the new data."
         )
+    if about.get("stamp") != list(stamp(tokens.train) or ()) and "train_sha256" not in changed:
+        _require_as_written(tokens)
     if fields or changed:
         warnings.warn(f"{run} goes on with changes: {', '.join([*fields, *changed])}.", stacklevel=2)
-    return about | {"data": identity}
+    return about | {"data": identity, "stamp": stamp(tokens.train)}
+
+
+def _require_as_written(tokens: Tokens) -> None:
+    """The file was written or copied since the last attempt: read it once and compare with the manifest's hash."""
+    path = bin_file(tokens.train)
+    if tokens.manifest is not None and sha256_file(path) != tokens.manifest.splits["train"].sha256_bin:
+        raise UserError(f"{path} has changed since it was prepared; restore it, or prepare the data again.")

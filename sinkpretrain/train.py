@@ -146,7 +146,7 @@ def _after_words(run: Path, config: RunConfig) -> list[str]:
     if config.log.wandb != "offline":
         return []
     identity = read_json(run / "run.json")["wandb_id"]
-    return [f"to upload: wandb sync --append --id {identity} {run}/wandb/offline-run-*-{identity}"]
+    return [f"to upload: wandb sync --id {identity} {run}/wandb/offline-run-*-{identity}"]
 
 
 def facts(config: RunConfig, tokens: Tokens, checkpoint: Path | None) -> dict[str, Any]:

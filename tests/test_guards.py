@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from data_factory import make_data
-from test_train import config, record
+from test_train import config, record, run_command
 
 from sinkpretrain import lit, metrics
 from sinkpretrain.data import Samples, open_data, training_order
@@ -93,3 +93,22 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(UserError, match="not finite in 3 steps in a row, from step 3 on, whose samples are"):
         train(config(data, tmp_path / "run", max_skipped=3, steps=12))
     assert [x["step"] for x in metrics.read(tmp_path / "run") if x["kind"] == "skipped"] == [3, 4, 5]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_one_process_in_trouble_means_no_step_for_any(strategy: str, tmp_path: Path) -> None:
+    """The loss of one of two processes is NaN in one step: both skip it, and their weights stay the same."""
+    run = config(make_data(tmp_path / "data"), tmp_path / "run", steps=5, devices=2, strategy=strategy)
+    trouble = "if self.global_step == 2 and self.trainer.global_rank == 1 else "
+    done = run_command(
+        run,
+        tmp_path / "a",
+        code="from sinkpretrain import lit\n"
+        "loss = lit.PretrainModule.loss\n"
+        f"lit.PretrainModule.loss = lambda self, *a: loss(self, *a) * float('nan') {trouble}loss(self, *a)\n",
+    )
+    assert done.returncode == 0, done.stderr
+    assert [x["step"] for x in record(tmp_path / "run") if x["kind"] == "skipped"] == [3]
+    last = read_checkpoint(tmp_path / "run" / "checkpoints" / "step-0000005.ckpt")
+    assert all(v.isfinite().all() for v in last["state_dict"].values())
+    assert {float(s["step"]) for s in last["optimizer_states"][0]["state"].values()} == {4.0}

@@ -184,11 +184,13 @@ def test_finished_runs_say_so_and_can_go_on(data: Path, tmp_path: Path, capsys) 
 # --- several processes --------------------------------------------------------------------------------------------
 
 
-def run_command(config: RunConfig, folder: Path, *flags: str, stop: int = 0) -> subprocess.CompletedProcess[str]:
+def run_command(
+    config: RunConfig, folder: Path, *flags: str, stop: int = 0, code: str = ""
+) -> subprocess.CompletedProcess[str]:
     """``python -m sinkpretrain train`` in a process of its own, as a user would."""
     folder.mkdir(parents=True, exist_ok=True)
     save_yaml(config, folder / "recipe.yaml")
-    code = "import sys; from sinkpretrain.cli import main\n"
+    code = "import sys; from sinkpretrain.cli import main\n" + code
     if stop:
         code += f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         code += "from sinkpretrain import lit; from test_train import _stopper\n"
@@ -371,13 +373,22 @@ def test_compiled_training_is_the_same(data: Path, undisturbed: Path, tmp_path: 
     assert set(checkpoint(run, 4)["state_dict"]) == set(checkpoint(undisturbed)["state_dict"])
 
 
-def test_offline_wandb_has_one_id(data: Path, tmp_path: Path, monkeypatch) -> None:
+def test_offline_wandb_has_one_id_and_a_folder_per_attempt(data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    import wandb
+
     run = tmp_path / "run"
     offline = config(data, run, steps=4)
     offline = dataclasses.replace(offline, log=dataclasses.replace(offline.log, wandb="offline"))
-    train(offline)
+    with monkeypatch.context() as m:
+        stop_after(2, m)
+        train(offline)
+    wandb.finish()  # as the end of the process does
+    time.sleep(1.1)  # wandb names a folder by the second
+    assert train(offline).finished
     identity = json.loads((run / "run.json").read_text())["wandb_id"]
-    assert [p for p in (run / "wandb").iterdir() if p.name.endswith(identity)]
+    assert len([p for p in (run / "wandb").iterdir() if p.name.endswith(identity)]) == 2
+    sentence = f"to upload: wandb sync --id {identity} {run}/wandb/offline-run-*-{identity}"
+    assert capsys.readouterr().out.count(sentence) == 2
 
 
 # --- masks ----------------------------------------------------------------------------------------------------------
