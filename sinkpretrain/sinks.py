@@ -33,6 +33,7 @@ class Vanilla(Mechanism):
     """Ordinary softmax attention: some heads learn to use the first text token as their sink.
 
     When streaming, the first few tokens must be kept (x = 4 in a cache x+y) once the model has grown such sinks.
+    Source: Vaswani et al. 2017, arXiv 1706.03762; its sinks, Xiao et al. 2023, arXiv 2309.17453.
     """
 
     name = "vanilla"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, peaked
+from conftest import MECHANISMS, TINY, peaked
 from data_factory import make_data
 from test_train import checkpoint, config, record, run_command
 
@@ -26,16 +26,28 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 B, H, T, D = 2, 4, 200, 64
 
 
-def eager(q, k, v, s, value):
+def eager(q, k, v, s, value, visible=None):
     logits = (q @ k.mT) * D**-0.5
-    logits = logits.masked_fill(torch.ones(T, T, device=q.device).triu(1).bool(), float("-inf"))
+    visible = torch.ones(T, T, device=q.device).tril().bool() if visible is None else visible
+    logits = logits.masked_fill(~visible, float("-inf"))
     p = torch.cat((s.expand(B, H, T).unsqueeze(-1), logits), dim=-1).softmax(-1)
     return p[..., 1:] @ v + p[..., :1] * value.unsqueeze(-2)
 
 
+def masks() -> dict[str, torch.Tensor | None]:
+    """None, a window with pinned sinks, and documents of each sample."""
+    i, j = torch.arange(T, device="cuda")[:, None], torch.arange(T, device="cuda")
+    ends = torch.zeros(B, T, dtype=torch.int64, device="cuda")
+    ends[0, [30, 31, 150]] = ends[1, 77] = 1
+    document = ends.cumsum(1) - ends
+    own = document[:, None, :, None] == document[:, None, None, :]
+    return {"causal": None, "window": (j <= i) & ((i - j <= 20) | (j < 2)), "documents": (j <= i) & (own | (j < 1))}
+
+
+@pytest.mark.parametrize("mask", ["causal", "window", "documents"])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.bfloat16, 1.5e-2)])
-def test_column_gradients(dtype: torch.dtype, tolerance: float, compiled: bool) -> None:
+def test_column_gradients(dtype: torch.dtype, tolerance: float, compiled: bool, mask: str) -> None:
     torch.manual_seed(0)
     q, k, v, d_out = (torch.randn(B, H, T, D, device="cuda").to(dtype) for _ in range(4))
     q = (3 * q).requires_grad_()
@@ -44,19 +56,22 @@ def test_column_gradients(dtype: torch.dtype, tolerance: float, compiled: bool) 
     s = torch.randn(H, 1, device="cuda").requires_grad_()
     value = torch.randn(H, D, device="cuda").requires_grad_()
     fast = torch.compile(causal_attention) if compiled else causal_attention
-    out = fast(q, k, v, Column(s, value))
+    visible = masks()[mask]
+    out = fast(q, k, v, Column(s, value), visible)
     got = [out, *torch.autograd.grad(out, (q, k, v, s, value), d_out)]
     exact = [x.detach().double().requires_grad_() for x in (q, k, v, s, value)]
-    reference = eager(*exact)
+    reference = eager(*exact, visible)
     want = [reference, *torch.autograd.grad(reference, exact, d_out.double())]
     for name, g, w in zip(("out", "dq", "dk", "dv", "ds", "dvalue"), got, want, strict=True):
         assert ((g.double() - w).norm() / w.norm()).item() < tolerance, name
 
 
 @pytest.mark.parametrize("cache", ["0+64", "1+63", "4+60", "5+1"])
-@pytest.mark.parametrize("sink", [SinkConfig(), SinkConfig("zero_sink"), SinkConfig("sink_tokens", {"n": 2})])
-def test_streaming_equals_the_cpu(sink: SinkConfig, cache: str) -> None:
-    net = peaked(GPTNeoX(TINY, sink, seed=4)).eval()
+@pytest.mark.parametrize("window", [0, 9])
+@pytest.mark.parametrize("sink", list(MECHANISMS))
+def test_streaming_equals_the_cpu(sink: str, window: int, cache: str) -> None:
+    shape = dataclasses.replace(TINY, window=window, window_sinks=2 if window else 0)
+    net = peaked(GPTNeoX(shape, MECHANISMS[sink], seed=4)).eval()
     ids = np.random.default_rng(0).integers(0, 96, 500)
     c = Cache.parse(cache)
     on_cpu, on_cpu_dense = stream_nll(net, ids, c, block=100), dense_nll(net, ids[:200])
@@ -69,6 +84,25 @@ def test_streaming_equals_the_cpu(sink: SinkConfig, cache: str) -> None:
     assert np.abs(recompute_nll(net, ids[:100], 32) - on_cpu_recompute).max() < 1e-4
     rough = stream_nll(net.bfloat16(), ids, c)
     assert abs(rough.mean() - on_cpu.mean()) < 0.05
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("sink", list(MECHANISMS))
+def test_every_mechanism_trains_as_on_the_cpu(sink: str, masked: bool, tmp_path: Path) -> None:
+    """bf16 autocast, compiled, with and without a window and a document mask; the kernels differ, the losses hardly."""
+    data = make_data(tmp_path / "data")
+    base = dataclasses.replace(config(data, tmp_path / "cpu"), sink=MECHANISMS[sink])
+    if masked:
+        base = dataclasses.replace(
+            base,
+            model=dataclasses.replace(base.model, window=16, window_sinks=2),
+            data=dataclasses.replace(base.data, document_mask=True),
+        )
+    train(base)
+    gpu = dataclasses.replace(base.training, accelerator="cuda", precision="bf16-mixed", compile=True)
+    train(dataclasses.replace(base, out=str(tmp_path / "gpu"), training=gpu))
+    curves = [[x["loss"] for x in record(tmp_path / r) if x["kind"] == "train"] for r in ("cpu", "gpu")]
+    assert curves[1] == pytest.approx(curves[0], rel=0.01)
 
 
 @pytest.mark.parametrize("sink", ["vanilla", "zero_sink"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,17 @@ def test_every_mechanism_is_tested_and_has_a_recipe() -> None:
         line.split()[-1] for f in SOURCES.glob("*.yaml") for line in f.read_text().splitlines() if "mechanism" in line
     }
     assert named == set(sinks.REGISTRY)
+
+
+@pytest.mark.parametrize("cls", sinks.REGISTRY.values(), ids=lambda c: c.name)
+def test_every_mechanism_says_what_it_is(cls: type[sinks.Mechanism]) -> None:
+    """Its source and what a stream must keep, in the docstring as in the catalogue."""
+    told = inspect.getdoc(cls)
+    assert "Source:" in told
+    assert "streaming" in told
+    assert cls.summary
+    assert cls.source
+    assert cls.kept
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism, visible: Tensor) -> Tensor:
