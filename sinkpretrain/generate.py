@@ -20,7 +20,6 @@ import torch
 from sinkpretrain.decode import Engine, TokenStream
 from sinkpretrain.device import choose_device, peak_memory
 from sinkpretrain.errors import UserError
-from sinkpretrain.evaluate import DTYPES
 from sinkpretrain.language import LanguageModel
 from sinkpretrain.load import LoadedModel, load_model
 from sinkpretrain.progress import ProgressBar
@@ -82,10 +81,17 @@ class Session:
     interrupt: Interrupt = field(default_factory=Interrupt)
 
     def read(self, ids: Sequence[int], progress: bool = False) -> None:
-        """Put tokens into the stream."""
+        """Put tokens into the stream; Ctrl-C is raised between two blocks of them, so that the stream can go on."""
         started = time.perf_counter()
-        with ProgressBar("reading the prompt", len(ids), "tokens", progress and len(ids) >= LONG_PROMPT) as bar:
-            self.engine.read(ids, bar.update)
+        shown = ProgressBar("reading the prompt", len(ids), "tokens", progress and len(ids) >= LONG_PROMPT)
+
+        def advance(done: int) -> None:
+            shown.update(done)
+            if self.interrupt.noted:
+                raise KeyboardInterrupt
+
+        with self.interrupt, shown:
+            self.engine.read(ids, advance)
         self.counts.read += len(ids)
         self.counts.read_seconds += time.perf_counter() - started
 
@@ -133,7 +139,7 @@ def generate(
     interactive: bool = False,
     echo: bool = False,
     tokenizer: str = "",
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     compile: bool = False,
     quiet: bool = False,
@@ -175,7 +181,8 @@ def generate(
     if max_tokens < 0:
         raise UserError(f"--max-tokens must be 0 (endless) or more, not {max_tokens}.")
     where = choose_device(device)
-    kind = DTYPES["bfloat16" if where.type == "cuda" else "float32"] if dtype == "auto" else DTYPES[dtype]
+    usual = "bfloat16" if where.type == "cuda" else "float32"
+    kind: torch.dtype = getattr(torch, usual if dtype == "auto" else dtype)
     loaded = load_model(model, kind)
     codec = TextCodec(_tokenizer_name(tokenizer, loaded), loaded.model.prefix_ids)
     chosen = choose_cache(cache, loaded)
@@ -212,8 +219,12 @@ def converse(session: Session, system: str) -> int:
         # A template writes what stands in front of a conversation itself.
         ids = session.codec.first(text) if first and turn is plain_turns else session.codec.more(text)
         first = False
-        session.read(ids)
-        if session.answer() == "interrupt":
+        try:
+            session.read(ids)
+            interrupted = session.answer() == "interrupt"
+        except KeyboardInterrupt:
+            interrupted = True
+        if interrupted:
             session.write(" ...")
         session.write("\n")
     return 0

@@ -16,9 +16,13 @@ import torch
 from data_prep.tokenizer import train_tokenizer
 from sinkpretrain.cli import main
 from sinkpretrain.config import ModelConfig, RunConfig, SinkConfig, save_yaml
+from sinkpretrain.decode import Engine, TokenStream
 from sinkpretrain.errors import UserError
-from sinkpretrain.load import save_weights
+from sinkpretrain.generate import Interrupt, Session, forbidden
+from sinkpretrain.load import load_model, save_weights
 from sinkpretrain.model import GPTNeoX
+from sinkpretrain.sampling import Sampler, Sampling
+from sinkpretrain.streaming import Cache
 from sinkpretrain.texts import MOST_PENDING, StopStrings, TextCodec, chat_turns
 
 VOCABULARY = 300
@@ -235,6 +239,33 @@ def test_a_chat_template_turn_by_turn(run: Path, tmp_path: Path) -> None:
     ]
     assert stream == tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     assert chat_turns(run, "") is None
+
+
+def test_ctrl_c_while_a_prompt_is_read_leaves_a_stream_that_goes_on(run: Path) -> None:
+    class Impatient(Interrupt):
+        def __enter__(self) -> Interrupt:
+            entered = super().__enter__()
+            self.noted = True
+            return entered
+
+    loaded = load_model(run)
+    engine, codec = Engine(loaded.model, Cache(2, 20), block=16), TextCodec(str(run))
+    sampler = Sampler(Sampling(), forbidden(loaded.model, codec), torch.Generator().manual_seed(0))
+    written: list[str] = []
+    session = Session(engine, TokenStream(engine, sampler), codec, max_tokens=5, ignore_eod=True, write=written.append)
+    session.interrupt = Impatient()
+    with pytest.raises(KeyboardInterrupt):
+        session.read(list(range(100)))
+    assert engine.count == len(loaded.model.prefix_ids) + 16  # one block, whole
+    session.interrupt = Interrupt()
+    session.read([1, 2])
+    assert session.answer() == "length"
+    assert "".join(written)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, str(run), "--prompt", "once", "--max-tokens", "9", "--ignore-eod", "--dtype", dtype)
 
 
 def start(*words: str, stdin: int | None = subprocess.PIPE) -> subprocess.Popen[str]:
