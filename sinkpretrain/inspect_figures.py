@@ -3,80 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
-from torch import Tensor
 
 from sinkpretrain.figures import series, styled, tidy
 
-
-@dataclass(frozen=True)
-class AttentionMap:
-    """One panel of attention maps: a layer, and a head of it or, with None, the mean over its heads."""
-
-    layer: int
-    head: int | None
-
-    def of(self, values_LH: Tensor) -> Tensor:
-        """What [L, H, ...] holds for this panel."""
-        layer = values_LH[self.layer]
-        return layer.mean(0) if self.head is None else layer[self.head]
-
-    def __str__(self) -> str:
-        return f"layer {self.layer}, {'mean of heads' if self.head is None else f'head {self.head}'}"
-
-
-Logits = tuple[str, Tensor, Tensor | None, int]
-"""Name of a model, average logits [L, H, T, T], those of its column [L, H, T] if it has one, length of its prefix."""
+Map = Mapping[str, Any]
+"""One entry of ``average_logits`` in inspect.json: ``layer``, ``head`` (None: mean of heads), ``rows`` (lists that end at
+the diagonal; None where a query does not see a key), and ``column``, the logits of the mechanism's column or None."""
 
 
 @styled
-def maps_figure(models: Sequence[Logits], maps: Sequence[AttentionMap]) -> Figure:
-    """Average attention logits: a row of panels per model (two, if there are many panels), one panel per map.
+def maps_figure(models: Sequence[tuple[str, int, Sequence[Map]]]) -> Figure:
+    """Average attention logits: the name of each model, the length of its prefix, and its maps, the same for all.
 
-    Sink tokens are marked S; a mechanism's column stands to the left of the keys, marked +1.
+    Each model has a row of panels (several, if there are many maps). Sink tokens are marked S; a mechanism's column
+    stands to the left of the keys, marked +1.
     """
-    columns = min(6, len(maps))
-    rows_each = -(-len(maps) // columns)
-    rows = rows_each * len(models)
-    figure = Figure(figsize=(0.6 + 2.25 * columns, 0.5 + 2.35 * rows), layout="constrained")
+    count = len(models[0][2])
+    columns = min(6, count)
+    rows_each = -(-count // columns)
+    height = 0.5 + 2.35 * rows_each * len(models)
+    figure = Figure(figsize=(0.6 + 2.25 * columns, height), layout="constrained")
     folders = figure.subfigures(len(models), 1, squeeze=False)[:, 0]
-    for folder, (name, logits, extra, n_prefix) in zip(folders, models, strict=True):
+    for folder, (name, n_prefix, maps) in zip(folders, models, strict=True):
         folder.suptitle(name, fontsize=10, fontweight="bold")
         axes = folder.subplots(rows_each, columns, squeeze=False)
-        for place, (axis, panel) in enumerate(zip(axes.flat, maps, strict=False)):
-            values = panel.of(logits).numpy()
-            T = len(values)
-            if extra is not None:
-                gap = np.full((T, 1), np.nan)
-                values = np.concatenate((panel.of(extra).numpy()[:, None], gap, values), axis=1)
-            offset = values.shape[1] - T
-            image = axis.imshow(values, cmap="viridis", interpolation="nearest")
-            axis.set_title(str(panel), fontsize=9)
-            shown = [*range(n_prefix), *range(n_prefix + (-n_prefix % 5), T, 5)]
-            labels = ["S" if t < n_prefix else str(t) for t in shown]
-            axis.set_yticks(shown, labels)
-            axis.set_xticks(
-                [*([0] if offset else []), *(t + offset for t in shown)], [*(["+1"] if offset else []), *labels]
-            )
-            axis.tick_params(labelsize=7)
-            axis.spines[:].set_visible(False)
-            if place >= len(maps) - columns:
+        for place, (axis, entry) in enumerate(zip(axes.flat, maps, strict=False)):
+            image = _draw_map(axis, entry, n_prefix)
+            if place >= count - columns:
                 axis.set_xlabel("key", fontsize=8)
             if place % columns == 0:
                 axis.set_ylabel("query", fontsize=8)
             bar = folder.colorbar(image, ax=axis, shrink=0.75, aspect=16, pad=0.02)
             bar.ax.tick_params(labelsize=7)
             bar.outline.set_visible(False)
-        for axis in axes.flat[len(maps) :]:
+        for axis in axes.flat[count:]:
             axis.set_visible(False)
     figure.supxlabel("average logit q·k/√d before the softmax", fontsize=9)
     return figure
+
+
+def _draw_map(axis: Axes, entry: Map, n_prefix: int) -> Any:
+    T = len(entry["rows"])
+    values = np.full((T, T), np.nan)
+    for i, row in enumerate(entry["rows"]):
+        values[i, : i + 1] = [np.nan if v is None else v for v in row]
+    shown = [*range(n_prefix), *range(n_prefix + (-n_prefix % 5), T, 5)]
+    labels = ["S" if t < n_prefix else str(t) for t in shown]
+    axis.set_yticks(shown, labels)
+    if entry["column"] is not None:
+        extra = np.array(entry["column"])[:, None]
+        values = np.concatenate((extra, np.full((T, 1), np.nan), values), axis=1)
+        shown, labels = [0, *(t + 2 for t in shown)], ["+1", *labels]
+    axis.set_xticks(shown, labels)
+    head = "mean of heads" if entry["head"] is None else f"head {entry['head']}"
+    axis.set_title(f"layer {entry['layer']}, {head}", fontsize=9)
+    axis.tick_params(labelsize=7)
+    axis.spines[:].set_visible(False)
+    return axis.imshow(values, cmap="viridis", interpolation="nearest")
 
 
 @styled

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from sinkpretrain.errors import UserError
 from sinkpretrain.evaluate import DTYPES, check_ids, read_ids
 from sinkpretrain.figures import save_figure
 from sinkpretrain.files import write_json
-from sinkpretrain.inspect_figures import AttentionMap, emergence_figure, heads_figure, layers_figure, maps_figure
+from sinkpretrain.inspect_figures import emergence_figure, heads_figure, layers_figure, maps_figure
 from sinkpretrain.language import LanguageModel
 from sinkpretrain.load import LoadedModel, load_model, numbered
 from sinkpretrain.measures import average_logits, head_measures, last_query, measure, sink_measures
@@ -33,15 +32,19 @@ ONSET = 0.01
 """A sink has appeared at the first step from which on this share of (layer, head, sequence) has one."""
 
 
-@dataclass(frozen=True)
-class Inspected:
-    """One model with what was measured about it, as plain data and as the average logits that figures need."""
+class Head(NamedTuple):
+    """One attention map: a layer, and a head of it or, with None, the mean over its heads."""
 
-    title: str
-    data: dict[str, Any]
-    logits: Tensor
-    columns: Tensor | None
-    n_prefix: int
+    layer: int
+    head: int | None
+
+    def of(self, values_LH: Tensor) -> Tensor:
+        """What [L, H, ...] holds for it."""
+        layer = values_LH[self.layer]
+        return layer.mean(0) if self.head is None else layer[self.head]
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}, {'mean of heads' if self.head is None else f'head {self.head}'}"
 
 
 def inspect_model(
@@ -112,8 +115,8 @@ def inspect_model(
         "format": 1,
         "model": loaded.provenance(),
         "tokens": about_tokens,
-        **found[0].data,
-        "beside": None if other is None else {"model": other.provenance(), **found[1].data},
+        **found[0],
+        "beside": None if other is None else {"model": other.provenance(), **found[1]},
         "dtype": dtype,
         **provenance(where),
     }
@@ -124,20 +127,20 @@ def inspect_model(
             "onset": onset(lines),
             "lines": lines,
         }
-    write(Path(out), results, found, maps)
+    write(Path(out), results, found)
     return results
 
 
-def write(out: Path, results: dict[str, Any], found: list[Inspected], maps: list[AttentionMap]) -> None:
+def write(out: Path, results: dict[str, Any], found: list[dict[str, Any]]) -> None:
     """The figures, and inspect.json last: where it is, the rest is."""
-    measured = [(f.title, f.data["measures"]) for f in found]
+    measured = [(f["title"], f["measures"]) for f in found]
     figures = {
-        "attention_maps": maps_figure([(f.title, f.logits, f.columns, f.n_prefix) for f in found], maps),
+        "attention_maps": maps_figure([(f["title"], f["sequences"]["prefix"], f["average_logits"]) for f in found]),
         "heads": heads_figure(measured),
         "layers": layers_figure(measured),
     }
     if "emergence" in results:
-        figures["emergence"] = emergence_figure([(found[0].title, results["emergence"]["lines"])])
+        figures["emergence"] = emergence_figure([(found[0]["title"], results["emergence"]["lines"])])
     for name, figure in figures.items():
         save_figure(figure, out / f"{name}.png")
     write_json(out / FILE, results)
@@ -149,12 +152,12 @@ def write(out: Path, results: dict[str, Any], found: list[Inspected], maps: list
 def inspect_loaded(
     loaded: LoadedModel,
     ids: NDArray[np.integer],
-    maps: list[AttentionMap],
+    maps: list[Head],
     sizes: dict[str, int],
     where: torch.device,
     dtype: str,
-) -> Inspected:
-    """Everything about one model; the model goes to its device and stays there."""
+) -> dict[str, Any]:
+    """Everything measured about one model, as plain data; the model goes to its device and stays there."""
     net = loaded.model.to(where, DTYPES[dtype])
     short = sequences(net, ids, sizes["samples"], sizes["length"]).to(where)
     measures = head_measures(measure(net, short))
@@ -163,7 +166,8 @@ def inspect_loaded(
     last = [last_query(net, one) for one in torch.split(long, 1)]
     sentences = sequences(net, ids, SENTENCES, SENTENCE + len(net.prefix_ids)).to(where)
     logits, columns = average_logits(net, sentences)
-    data = {
+    return {
+        "title": f"{loaded.name} ({loaded.label})",
         "sequences": {"count": len(short), "length": short.shape[1], "prefix": len(net.prefix_ids)},
         "measures": measures,
         "last_query": {
@@ -176,12 +180,17 @@ def inspect_loaded(
                 "layer": m.layer,
                 "head": m.head,
                 "count": len(sentences),
-                "rows": [[round(v, 3) for v in row[: i + 1]] for i, row in enumerate(m.of(logits).tolist())],
+                "rows": [_plain(row[: i + 1]) for i, row in enumerate(m.of(logits))],
+                "column": None if columns is None else _plain(m.of(columns)),
             }
             for m in maps
         ],
     }
-    return Inspected(f"{loaded.name} ({loaded.label})", data, logits, columns, len(net.prefix_ids))
+
+
+def _plain(values: Tensor) -> list[float | None]:
+    """With three decimals, None for what is not seen."""
+    return [None if v != v else round(v, 3) for v in values.tolist()]
 
 
 def sequences(model: LanguageModel, ids: NDArray[np.integer], count: int, length: int) -> Tensor:
@@ -206,16 +215,16 @@ def sequences(model: LanguageModel, ids: NDArray[np.integer], count: int, length
     return torch.cat((prefix.expand(len(text), -1), text), dim=1)
 
 
-def parse_maps(layers: str, heads: str, loaded: LoadedModel) -> list[AttentionMap]:
+def parse_maps(layers: str, heads: str, loaded: LoadedModel) -> list[Head]:
     """Every chosen head of every chosen layer; raises UserError for one that the model does not have."""
     n_layer, n_head = loaded.model.config.n_layer, loaded.model.config.n_head
     spread = sorted({round(x) for x in np.linspace(0, n_layer - 1, min(6, n_layer))})
     chosen = [_index("--layers", x, n_layer, loaded) for x in layers.split(",") if x.strip()] or spread
     of = [None if x.strip() == "mean" else _index("--heads", x, n_head, loaded) for x in heads.split(",") if x.strip()]
-    return [AttentionMap(layer, head) for layer in chosen for head in of or [0]]
+    return [Head(layer, head) for layer in chosen for head in of or [0]]
 
 
-def check_maps(maps: list[AttentionMap], loaded: LoadedModel) -> None:
+def check_maps(maps: list[Head], loaded: LoadedModel) -> None:
     """Refuse panels that the second model does not have."""
     shape = loaded.model.config
     for m in maps:

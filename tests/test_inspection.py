@@ -131,8 +131,8 @@ def test_two_models_side_by_side_and_on_the_page(text: str, tmp_path: Path) -> N
     page = (tmp_path / "page" / "comparison.md").read_text()
     rate = results["measures"]["sink_rates"]["0.1"]
     assert f"| vanilla | {100 * rate:.1f} % |" in page
-    assert "![" in page
-    assert (tmp_path / "page" / "layers.png").is_file()
+    assert "![Average attention logits" in page
+    assert {"layers.png", "attention_maps.png"} <= {p.name for p in (tmp_path / "page").iterdir()}
 
 
 def test_models_of_other_makers_can_be_inspected(text: str, tmp_path: Path) -> None:
@@ -141,6 +141,15 @@ def test_models_of_other_makers_can_be_inspected(text: str, tmp_path: Path) -> N
     assert np.array(results["measures"]["first"]).shape == (3, 4)
     assert results["last_query"]["length"] == 64
     assert "emergence" not in results
+
+
+def test_what_a_window_hides_is_null_in_the_file(text: str, tmp_path: Path) -> None:
+    folder = save(build("mistral"), tmp_path / "mistral")  # sees nine keys
+    results = inspect_model(str(folder), text, out=str(tmp_path / "out"), samples=20, device="cpu", progress=False)
+    rows = results["average_logits"][0]["rows"]
+    assert rows[15][:7] == [None] * 7
+    assert None not in rows[15][7:]
+    assert json.loads((tmp_path / "out" / "inspect.json").read_text())["average_logits"][0]["rows"] == rows
 
 
 def test_a_family_whose_attention_cannot_be_read_is_refused(

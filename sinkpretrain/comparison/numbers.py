@@ -276,6 +276,13 @@ def inspected(abouts: list[About]) -> list[Record]:
     return found
 
 
+def common_maps(abouts: list[About], most: int = 6) -> list[list[Record]]:
+    """The attention maps of each model, of the first layers and heads that all were inspected at."""
+    maps = [{(m["layer"], m["head"]): m for m in a.data["average_logits"]} for a in abouts]
+    common = [key for key in maps[0] if all(key in of for of in maps)][:most]
+    return [[of[key] for key in common] for of in maps]
+
+
 def logged_sinks(runs: list[Run]) -> list[Record]:
     """The last measures that each run logged."""
     return [

@@ -207,6 +207,15 @@ def sinks(found: Found) -> Section:
         layers = [(n, a.data["measures"]) for n, a in zip(names, found.inspections, strict=True)]
         caption = "Attention to the sink and the residual stream, layer by layer (mean over heads and sequences)."
         blocks.append(Picture("layers", caption, inspect_figures.layers_figure(layers)))
+        maps = numbers.common_maps(found.inspections)
+        if maps[0]:
+            prefixes = [a.data["sequences"]["prefix"] for a in found.inspections]
+            caption = (
+                "Average attention logits over sequences of 16 tokens, the same layers and heads of each model. A "
+                "bright first column is a sink; S marks sink tokens, +1 the extra column."
+            )
+            figure = inspect_figures.maps_figure(list(zip(names, prefixes, maps, strict=True)))
+            blocks.append(Picture("attention_maps", caption, figure))
     logged = [r for r in found.runs if r.probes]
     if logged and not found.inspections:
         blocks.append(logged_table(numbers.logged_sinks(logged)))
@@ -226,37 +235,38 @@ _INSPECTION_NOTE = (
 
 def inspection_table(abouts: list[About]) -> Table:
     thresholds = [t for t in ("0.1", "0.2", "0.3") if all(t in a.data["measures"]["sink_rates"] for a in abouts)]
-    return Table(
+    head = [
+        "model",
+        *(f"Sink_1 at {t}" for t in thresholds),
+        "first text token at 0.3",
+        "column at 0.3",
+        "alpha of position 0",
+        "floor",
+        "last query",
+        "massive ratio",
+        "norm ratio",
+        "value norm",
+        "kurtosis",
+    ]
+    rows = [
         [
-            "model",
-            *(f"Sink_1 at {t}" for t in thresholds),
-            "first text token at 0.3",
-            "column at 0.3",
-            "alpha of position 0",
-            "floor",
-            "last query",
-            "massive ratio",
-            "norm ratio",
-            "value norm",
-            "kurtosis",
-        ],
-        [
-            [
-                r["title"],
-                *(f"{100 * r['sink_rates'][t]:.1f} %" for t in thresholds),
-                share(r["text_rate"]),
-                share(r["column_rate"]),
-                f"{r['first']:.3f}",
-                f"{r['floor']:.3f}",
-                f"{r['last_query']:.3f} at {r['last_query_positions']:,}",
-                f"{r['massive']:,.0f}",
-                f"{r['norm']:.2f}",
-                f"{r['value_norm']:.2f}",
-                f"{r['kurtosis']:.1f}",
-            ]
-            for r in numbers.inspected(abouts)
-        ],
-    )
+            r["title"],
+            *(f"{100 * r['sink_rates'][t]:.1f} %" for t in thresholds),
+            share(r["text_rate"]),
+            share(r["column_rate"]),
+            f"{r['first']:.3f}",
+            f"{r['floor']:.3f}",
+            f"{r['last_query']:.3f} at {r['last_query_positions']:,}",
+            f"{r['massive']:,.0f}",
+            f"{r['norm']:.2f}",
+            f"{r['value_norm']:.2f}",
+            f"{r['kurtosis']:.1f}",
+        ]
+        for r in numbers.inspected(abouts)
+    ]
+    # Which columns say anything depends on the mechanisms: without a prefix there is no first text token behind it.
+    used = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    return Table([head[i] for i in used], [[row[i] for i in used] for row in rows])
 
 
 def logged_table(records: list[Record]) -> Table:
