@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import subprocess
@@ -53,8 +54,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+COMMIT_VARIABLE = "SINKPRETRAIN_COMMIT"
+"""Names the commit where the code was copied to a machine without its history."""
+
+
 def commit() -> str | None:
     """Commit of the checkout that this code runs from, with ``+changes`` if it was edited; None outside of git."""
+    if os.environ.get(COMMIT_VARIABLE):
+        return os.environ[COMMIT_VARIABLE]
     here = Path(__file__).parent.parent
     if not (here / ".git").exists():
         return None
