@@ -13,8 +13,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from sinkpretrain.figures import series, styled, tidy
 
 Map = Mapping[str, Any]
-"""One entry of ``average_logits`` in inspect.json: ``layer``, ``head`` (None: mean of heads), ``rows`` (lists that end at
-the diagonal; None where a query does not see a key), and ``column``, the logits of the mechanism's column or None."""
+"""One entry of ``average_logits`` in inspect.json: ``layer``, ``head`` (None: mean of heads), ``rows`` (lists that end
+at the diagonal; None where a query does not see a key), and ``column``, its column's logits or None."""
 
 
 @styled
