@@ -264,11 +264,12 @@ def grouped_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, bias: Tens
 
 
 def masked_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, bias_TS: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention under an additive bias [T, S] or [H, T, S], no gradient: output [B, H, T, D], fp32 logsumexp [B, H, T].
+    """Attention under an additive bias [T, S], [H, T, S] or [B, H or 1, T, S]: output [B, H, T, D], fp32 logsumexp.
 
-    A bias of each head holds distances, which 16 bits would round: such a product is taken in fp32.
+    No gradient. A bias of each head holds distances, which 16 bits would round: such a product is taken in fp32.
     """
-    if bias_TS.dim() == 3 and q_BHTD.dtype in (torch.bfloat16, torch.float16):
+    by_head = bias_TS.dim() > 2 and bias_TS.shape[-3] > 1
+    if by_head and q_BHTD.dtype in (torch.bfloat16, torch.float16):
         out, lse = masked_attention(q_BHTD.float(), k_BHSD.float(), v_BHSD.float(), bias_TS)
         return out.to(q_BHTD.dtype), lse
     k_BHSD, v_BHSD = (spread_heads(x, q_BHTD.shape[1]) for x in (k_BHSD, v_BHSD))
@@ -277,11 +278,11 @@ def masked_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, bias_TS: Te
     if q_BHTD.device.type == "cuda":
         B, H, T, _ = q_BHTD.shape
         S = k_BHSD.shape[2]
-        padded = F.pad(bias, (0, -S % 16))[:, :S].expand(B, H, T, S)  # aligned rows, as in _bias
+        padded = F.pad(bias, (0, -S % 16))[..., :S].expand(B, H, T, S)  # aligned rows, as in _bias
         out, lse, _, _ = aten._scaled_dot_product_efficient_attention(q_BHTD, k_BHSD, v_BHSD, padded, True)
         lse = lse[..., :T].float()
     else:
-        mask = bias if bias.dim() == 2 else bias[None]
+        mask = bias[None] if bias.dim() == 3 else bias
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask)
     # Kernels differ in what they return for a query that sees nothing; an empty sum is 0 and its logarithm -inf.
     return out.masked_fill(blind_T1, 0.0), lse.masked_fill(blind_T1.squeeze(-1), float("-inf"))

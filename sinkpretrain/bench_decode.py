@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sinkpretrain.cache import Cache
 from sinkpretrain.comparison.paper import FIGURE_10, FIGURE_10_CITATION
 from sinkpretrain.config import ModelConfig
 from sinkpretrain.decode import Engine, Outbox, Replayed, TokenStream
@@ -29,7 +30,7 @@ from sinkpretrain.language import LanguageModel
 from sinkpretrain.model import GPTNeoX
 from sinkpretrain.provenance import provenance
 from sinkpretrain.sampling import Sampler, Sampling
-from sinkpretrain.streaming import Cache, stream_nll
+from sinkpretrain.streaming import stream_nll
 from sinkpretrain.timing import matmul_rate
 
 START = 4

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from sinkpretrain.cache import Cache
 from sinkpretrain.errors import UserError
 from sinkpretrain.language import LanguageModel
 from sinkpretrain.ring import Layout, Places
 from sinkpretrain.ring_attention import RingAttention, Rings
 from sinkpretrain.sampling import NOT_FINITE, Sampler
-from sinkpretrain.streaming import Cache
 
 BLOCK = 128
 """Most tokens per forward; longer texts are read in several."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sinkpretrain.cache import Cache
 from sinkpretrain.device import choose_device, peak_memory
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import read_json, write_atomically, write_json
@@ -22,7 +23,7 @@ from sinkpretrain.load import LoadedModel, load_model
 from sinkpretrain.progress import ProgressBar
 from sinkpretrain.provenance import provenance
 from sinkpretrain.statistics import block_bootstrap
-from sinkpretrain.streaming import Cache, dense_nll, recompute_nll, stream_nll, token_loop_nll
+from sinkpretrain.streaming import dense_nll, recompute_nll, stream_nll, token_loop_nll
 
 Ids = NDArray[np.integer]
 Losses = NDArray[np.float32]
@@ -74,7 +75,7 @@ class Setting:
             return dense_nll(model, ids, block=block, advance=advance)
         if self.strategy == "recompute":
             assert self.window is not None
-            return recompute_nll(model, ids, self.window, batch=batch, advance=advance)
+            return recompute_nll(model, ids, self.window, block=batch * self.window, advance=advance)
         assert self.cache is not None
         if self.initial is not None:
             ids = with_initial(ids, self.cache.start - len(model.prefix_ids), self.initial)

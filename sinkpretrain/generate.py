@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 
+from sinkpretrain.cache import Cache
 from sinkpretrain.decode import Engine, TokenStream
 from sinkpretrain.device import choose_device, peak_memory
 from sinkpretrain.errors import UserError
@@ -24,7 +25,6 @@ from sinkpretrain.language import LanguageModel
 from sinkpretrain.load import LoadedModel, load_model
 from sinkpretrain.progress import ProgressBar
 from sinkpretrain.sampling import Sampler, Sampling
-from sinkpretrain.streaming import Cache
 from sinkpretrain.texts import StopStrings, TextCodec, chat_turns, plain_turns
 
 LONG_PROMPT = 4096

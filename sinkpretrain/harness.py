@@ -15,10 +15,10 @@ from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from torch import Tensor
 
+from sinkpretrain.cache import Cache
 from sinkpretrain.decode import Engine
 from sinkpretrain.errors import UserError
 from sinkpretrain.language import LanguageModel
-from sinkpretrain.streaming import Cache
 from sinkpretrain.texts import TextCodec
 
 NO_TOKEN = -1

@@ -6,6 +6,9 @@ The plain one is what the fused one is tested against, forward and gradient.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +25,17 @@ IGNORED = -100
 
 LOGIT_BYTES = 2 << 30
 """Logits that may exist at a time in the fused loss."""
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether small functions between products are worth compiling: on a GPU, with Triton installed."""
+    return HAVE_TRITON and device.type == "cuda"
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` through torch.compile, once for all shapes and all who ask."""
+    return torch.compile(function, dynamic=True)
 
 
 def can_fuse(x: Tensor) -> bool:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sinkpretrain.streaming import Cache
+from sinkpretrain.cache import Cache
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from sinkpretrain import sinks
 from sinkpretrain.attention import merge_column, rotate
+from sinkpretrain.banded import Seen
 from sinkpretrain.language import LanguageModel
 from sinkpretrain.ring import LayerBuffer, Layout, Places
-from sinkpretrain.streaming import Seen
 
 if TYPE_CHECKING:
     from sinkpretrain.ring_kernels import OneToken

@@ -14,64 +14,28 @@ Letters of the axes: B batch, H heads, T queries of a block, S keys, D dimension
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sinkpretrain import sinks
-from sinkpretrain.attention import (
-    attention_weights,
-    distance_bias,
-    masked_attention,
-    merge_column,
-    merge_keys,
-    rotate,
-    scaled_logits,
-    visible_keys,
-    weighed_keys,
-    weighted_values,
-)
+from sinkpretrain.attention import attention_weights, rotate, weighted_values
+from sinkpretrain.band import Kernel
+from sinkpretrain.banded import BandedAttention, Seen
+from sinkpretrain.cache import Cache, Positions
 from sinkpretrain.errors import UserError
-from sinkpretrain.language import Attend, LanguageModel
+from sinkpretrain.language import LanguageModel
+from sinkpretrain.scoring import NO_TARGET, BlockSize, Losses, finite, scored, token_nll
 
-Positions = Literal["in-cache", "absolute"]
-"""Slots in the cache, as in the paper, or places in the text."""
+Ids = NDArray[np.integer]
 
 Advance = Callable[[int], None]
 """Told how many tokens have been scored so far."""
-
-HEAD_ROWS = 512
-"""Rows whose logits exist at a time; 512 x 50,304 fp32 are 100 MB."""
-
-
-@dataclass(frozen=True)
-class Cache:
-    """x initial positions and y recent ones."""
-
-    start: int
-    recent: int
-
-    @property
-    def size(self) -> int:
-        return self.start + self.recent
-
-    def __str__(self) -> str:
-        return f"{self.start}+{self.recent}"
-
-    @classmethod
-    def parse(cls, text: str) -> Cache:
-        """``4+1020`` as a cache; raises UserError."""
-        start, plus, recent = text.strip().partition("+")
-        if not (plus and start.isdigit() and recent.isdigit() and int(recent) > 0):
-            raise UserError(f"{text!r} is not a cache; write x+y, for example 4+1020, with y at least 1.")
-        return cls(int(start), int(recent))
-
 
 # --- exact and fast -----------------------------------------------------------------------------------------------
 
@@ -79,14 +43,16 @@ class Cache:
 @torch.inference_mode()
 def stream_nll(
     model: LanguageModel,
-    ids: NDArray[np.integer],
+    ids: Ids,
     cache: Cache,
     *,
-    block: int = 1024,
+    block: int | BlockSize = 1024,
     drop_column: bool = False,
     positions: Positions = "in-cache",
+    end: int | None = None,
+    kernel: Kernel | None = None,
     advance: Advance | None = None,
-) -> NDArray[np.float32]:
+) -> Losses:
     """Negative log-likelihoods, nats, float32 [len(ids) - 1]: entry i scores token i + 1 of the text.
 
     The model's prefix (sink tokens) is put in front once and counts into ``cache.start``. Memory depends on the cache
@@ -97,135 +63,92 @@ def stream_nll(
         ids: token ids [tokens].
         block: tokens per forward; any value gives the same numbers.
         drop_column: leave the mechanism's softmax column out ("drop the +1 at test time").
-        positions: where the query stands towards the first x keys.
+        positions: where a query stands towards the first x keys.
+        end: the id at the end of a document, where the stream is to begin anew; None: one stream over everything.
+        kernel: of ``sinkpretrain.band``; by default the fastest one.
     """
-    device = model.embed.weight.device
-    prefix = len(model.prefix_ids)
+    size = block if isinstance(block, BlockSize) else BlockSize(block)
     nll = np.empty(len(ids) - 1, dtype=np.float32)
-    banded = BandedAttention(model, cache, drop_column, positions)
-    for first, tokens in _blocks(model.prefix_ids, ids, block):
-        attend, places = banded.block(first, len(tokens)), banded.places(first, len(tokens))
-        hidden = model.hidden(torch.from_numpy(tokens).to(device)[None], attend, places)[0]
-        # Row r of this block is position first + r of the sequence, token first + r - prefix of the text, and scores
-        # the token after it.
-        text = np.arange(first, first + len(tokens)) - prefix
-        scored = (text >= 0) & (text < len(ids) - 1)
-        if scored.any():
-            rows = hidden[torch.from_numpy(scored).to(device)]
-            targets = np.array(ids[text[scored][0] + 1 : text[scored][-1] + 2], dtype=np.int64)
-            losses = token_nll(model, rows, torch.from_numpy(targets).to(device)).cpu().numpy()
-            nll[text[scored]] = _finite(losses, int(text[scored][0]) + 1)
-        if advance:
-            advance(int(max(0, text[-1])))
+    done = 0
+    for group in batches(documents(ids, end), size.tokens):
+        banded = BandedAttention(model, cache, drop_column, positions, kernel)
+        for places, losses in _read_together(model, [ids[d] for d in group], banded, size):
+            starts = np.array([d.start for d in group])
+            where = starts[places[:, 0]] + places[:, 1]
+            nll[where] = finite(losses, where + 1)
+            done += len(where)
+            if advance:
+                advance(done)
     return nll
 
 
-def _blocks(prefix: tuple[int, ...], ids: NDArray[np.integer], block: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """(position of the first token, int64 tokens) of each block of the sequence prefix + ids."""
-    total = len(prefix) + len(ids)
-    for first in range(0, total, block):
-        own = np.array(prefix[first : first + block], dtype=np.int64)
-        start = max(0, first - len(prefix))
-        stop = max(0, min(total, first + block) - len(prefix))
-        yield first, np.concatenate((own, np.asarray(ids[start:stop], dtype=np.int64)))
+def documents(ids: Ids, end: int | None) -> list[slice]:
+    """Where documents lie: from the end-of-document token before one, its first context, up to its own.
+
+    Neighbours share that token, so every token but the very first is scored once.
+    """
+    if end is None:
+        return [slice(0, len(ids))]
+    bounds = np.unique(np.concatenate(([0], np.flatnonzero(np.asarray(ids) == end), [len(ids) - 1])))
+    return [slice(int(a), int(b) + 1) for a, b in itertools.pairwise(bounds)]
 
 
-class BandedAttention:
-    """The attention of a stream: keeps each layer's first x and last y keys and values between blocks."""
-
-    def __init__(
-        self, model: LanguageModel, cache: Cache, drop_column: bool = False, positions: Positions = "in-cache"
-    ) -> None:
-        self.model, self.cache, self.drop_column, self.positions = model, cache, drop_column, positions
-        self.layers: list[LayerCache | None] = [None] * model.config.n_layer
-
-    def places(self, first: int, length: int) -> Tensor:
-        """Where the queries first .. first + length - 1 of the sequence stand, int64 [length]."""
-        t_T = torch.arange(first, first + length, device=self.model.embed.weight.device)
-        return t_T.clamp(max=self.cache.size) if self.positions == "in-cache" else t_T
-
-    def block(self, first: int, length: int) -> Attend:
-        """The attention function for the positions first .. first + length - 1, which follow those seen so far."""
-        x, y = self.cache.start, self.cache.recent
-        device = self.model.embed.weight.device
-        t_T = torch.arange(first, first + length, device=device)
-        place_T = self.places(first, length)
-        # The band's keys reach back y from the block's first query, but not into the first x. Angles are taken from
-        # there, so that they stay small and exact however far the stream has come.
-        low = max(x, first - y)
-        band_S = torch.arange(low, max(low, first + length), device=device)
-        start_S = torch.arange(min(x, first + length), device=device)
-        rope_band_q, rope_band_k = self.model.rope(t_T - low), self.model.rope(band_S - low)
-        rope_place_q = self.model.rope(place_T)
-        new_start_S = t_T[t_T < x]
-        rope_start_k = self.model.rope(new_start_S)
-        n_new = len(new_start_S)
-        # Where the band's keys stand for each query; among them, places differ as they do in the text.
-        band_TS = band_S - (t_T - place_T)[:, None]
-        recent_TS = t_T[:, None] - band_S <= y
-        groups = {}
-        for window in set(self.model.windows):
-            band = Seen.of(self.model, window, place_T[:, None], band_TS, recent_TS)
-            start = Seen.of(self.model, window, place_T[:, None], start_S)
-            groups[window] = (band, start, band.visible.sum(-1) + start.visible.sum(-1))
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> Tensor:
-            old = self.layers[layer] or LayerCache.empty(k)
-            start_k = torch.cat((old.start_k, rotate(k[:, :, :n_new], *rope_start_k)), dim=2)
-            start_v = torch.cat((old.start_v, v[:, :, :n_new]), dim=2)
-            band_k = torch.cat((old.band_k, k[:, :, n_new:]), dim=2)
-            band_v = torch.cat((old.band_v, v[:, :, n_new:]), dim=2)
-            keep = max(0, band_k.shape[2] - y)
-            self.layers[layer] = LayerCache(start_k, start_v, band_k[:, :, keep:].clone(), band_v[:, :, keep:].clone())
-            band, start, seen_T = groups[self.model.windows[layer]]
-            q_place, q_band = rotate(q, *rope_place_q), rotate(q, *rope_band_q)
-            band_k = rotate(band_k, *rope_band_k)
-            start_logits = scaled_logits(q_place, start_k)
-            if sink.weigher is not None:
-                logits = [start_logits, scaled_logits(q_band, band_k)]
-                return weighed_keys(logits, [start.visible, band.visible], [start_v, band_v], sink.weigher)
-            if band_k.shape[2]:
-                out, lse = masked_attention(q_band, band_k, band_v, band.bias)
-            else:
-                out, lse = torch.zeros_like(q), torch.full(q.shape[:3], float("-inf"), device=device)
-            if start_k.shape[2]:
-                out, lse = merge_keys(out, lse, start_logits + start.bias, start_v)
-            return merge_column(out, lse, None if self.drop_column else sink.column(q_place, seen_T))
-
-        return attend
+def batches(found: list[slice], tokens: int) -> Iterator[list[slice]]:
+    """Documents of about the same length together, as many as have room in a forward of ``tokens``."""
+    group: list[slice] = []
+    for document in sorted(found, key=lambda d: d.stop - d.start, reverse=True):
+        longest = (group or [document])[0]
+        if group and (len(group) + 1) * (longest.stop - longest.start) > tokens:
+            yield group
+            group = []
+        group.append(document)
+    yield group
 
 
-class Seen(NamedTuple):
-    """What queries see of some keys: bool [T, S], and the same as a bias on their logits, [T, S] or [H, T, S]."""
+def _read_together(
+    model: LanguageModel, texts: list[Ids], banded: BandedAttention, size: BlockSize
+) -> Iterator[tuple[NDArray[np.int64], Losses]]:
+    """Streams that begin together, block by block: (text, place of the token before) [N, 2] and the losses [N]."""
+    n_prefix = len(model.prefix_ids)
+    total = n_prefix + max(map(len, texts))
+    first, pending = 0, None
+    while first < total:
+        before, length = list(banded.layers), min(total - first, max(1, size.tokens // len(texts)))
+        tokens, targets = _block(model.prefix_ids, texts, first, length)
 
-    visible: Tensor
-    bias: Tensor
+        def forward(first: int = first, tokens: Any = tokens, targets: Any = targets) -> Tensor:
+            attend, places = banded.block(first, tokens.shape[1]), banded.places(first, tokens.shape[1])
+            hidden = model.hidden(torch.from_numpy(tokens).to(banded.device), attend, places)
+            return scored(model, hidden, targets)
 
-    @classmethod
-    def of(
-        cls, model: LanguageModel, window: int | None, query: Tensor, key: Tensor, allowed: Tensor | None = None
-    ) -> Seen:
-        """By the places of queries [T, 1] and keys ([S] or [T, S]) in a layer with this window, where ``allowed``."""
-        visible = visible_keys(query, key, window, model.pinned)
-        if allowed is not None:
-            visible = visible & allowed
-        return cls(visible, distance_bias(query - key, model.slopes, visible))
+        losses = size.attempt(forward)
+        if losses is None:
+            banded.layers = before
+            continue
+        # Read one block late, so that a GPU never waits for us.
+        if pending is not None:
+            yield pending[0], pending[1].cpu().numpy()
+        row, column = np.nonzero(targets != NO_TARGET)
+        pending = np.stack((row, column + first - n_prefix), axis=1), losses
+        first += length
+    assert pending is not None
+    yield pending[0], pending[1].cpu().numpy()
 
 
-@dataclass
-class LayerCache:
-    """Keys and values that one layer keeps, each [B, H, S, D]: the first x (rotated to their slots for good) and the
-    last y (not rotated, since their slots move)."""
-
-    start_k: Tensor
-    start_v: Tensor
-    band_k: Tensor
-    band_v: Tensor
-
-    @classmethod
-    def empty(cls, like: Tensor) -> LayerCache:
-        none = like[:, :, :0]
-        return cls(none, none, none, none)
+def _block(
+    prefix: tuple[int, ...], texts: list[Ids], first: int, length: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens and targets [texts, length] of the positions from ``first`` on; a short text is padded with id 0."""
+    tokens = np.zeros((len(texts), length), dtype=np.int64)
+    targets = np.full((len(texts), length), NO_TARGET, dtype=np.int64)
+    own = prefix[first : first + length]
+    low, high = max(0, first - len(prefix)), max(0, first + length - len(prefix))
+    for row, text in enumerate(texts):
+        tokens[row, : len(own)] = own
+        part = np.asarray(text[low : high + 1], dtype=np.int64)
+        tokens[row, len(own) :][: len(part)] = part[: length - len(own)]
+        targets[row, len(own) :][: max(0, len(part) - 1)] = part[1:]
+    return tokens, targets
 
 
 # --- token by token -----------------------------------------------------------------------------------------------
@@ -234,18 +157,24 @@ class LayerCache:
 @torch.inference_mode()
 def token_loop_nll(
     model: LanguageModel,
-    ids: NDArray[np.integer],
+    ids: Ids,
     cache: Cache,
     *,
     drop_column: bool = False,
     positions: Positions = "in-cache",
+    end: int | None = None,
     advance: Advance | None = None,
-) -> NDArray[np.float32]:
+) -> Losses:
     """The definition of streaming, one forward per token: what ``stream_nll`` must equal.
 
     Keys are cached without rotation; in each step the cache and the new key get the slots 0, 1, ... (or their places
     in the text), the query the last one; then the key after the first x is evicted if there are more than x + y.
     """
+    if end is not None:
+        parts = [ids[d] for d in documents(ids, end)]
+        return np.concatenate(
+            [token_loop_nll(model, part, cache, drop_column=drop_column, positions=positions) for part in parts]
+        )
     device = model.embed.weight.device
     kept: list[tuple[Tensor, Tensor] | None] = [None] * model.config.n_layer
     text_S = torch.zeros(0, dtype=torch.int64, device=device)  # places in the text of all keys, the query's last
@@ -281,15 +210,15 @@ def token_loop_nll(
             nll[text] = float(token_nll(model, hidden, target))
         if advance:
             advance(max(0, text + 1))
-    return _finite(nll, 1)
+    return finite(nll, np.arange(1, len(ids)))
 
 
 # --- the other strategies -----------------------------------------------------------------------------------------
 
 
 def dense_nll(
-    model: LanguageModel, ids: NDArray[np.integer], *, block: int = 1024, advance: Advance | None = None
-) -> NDArray[np.float32]:
+    model: LanguageModel, ids: Ids, *, block: int | BlockSize = 1024, advance: Advance | None = None
+) -> Losses:
     """Every query sees every earlier token, at its place in the text; memory grows with the text."""
     return stream_nll(model, ids, Cache(0, len(ids) + len(model.prefix_ids)), block=block, advance=advance)
 
@@ -297,60 +226,76 @@ def dense_nll(
 @torch.inference_mode()
 def recompute_nll(
     model: LanguageModel,
-    ids: NDArray[np.integer],
+    ids: Ids,
     window: int,
     *,
-    batch: int = 8,
+    stride: int = 1,
+    sample: int = 0,
+    block: int | BlockSize = 8192,
     advance: Advance | None = None,
-) -> NDArray[np.float32]:
+) -> Losses:
     """Sliding window with re-computation: a fresh forward over the last ``window`` tokens for every token.
 
-    The sinks stand at the front of every window and count into it. Costs ``window`` times the dense forward.
+    The sinks stand at the front of every window and count into it. Costs ``window`` times the dense forward, windows
+    side by side in a forward of about ``block`` tokens.
+
+    Args:
+        stride: tokens from one window to the next; each window scores its last ``stride`` tokens.
+        sample: draw so many of the windows behind the first one, at random but always the same; the tokens that no
+            drawn window scores have the loss NaN. 0: all windows.
     """
-    device = model.embed.weight.device
-    text = window - len(model.prefix_ids)
-    if text < 1:
-        raise UserError(f"a window of {window} has no room for text behind {len(model.prefix_ids)} sink tokens.")
-    prefix = torch.tensor(model.prefix_ids, dtype=torch.int64)
-    nll = np.empty(len(ids) - 1, dtype=np.float32)
-    # Causality makes the first window's forward the fresh forward of each of its tokens.
-    head = np.array(ids[: text + 1], dtype=np.int64)
-    tokens = torch.cat((prefix, torch.from_numpy(head[:-1])))[None].to(device)
-    hidden = model.hidden(tokens)[0, len(prefix) :]
-    nll[: len(head) - 1] = token_nll(model, hidden, torch.from_numpy(head[1:]).to(device)).cpu().numpy()
-    for first in range(1, len(ids) - text, batch):
-        starts = np.arange(first, min(first + batch, len(ids) - text))
-        windows = np.asarray(ids[starts[0] : starts[-1] + text + 1], dtype=np.int64)
-        rows = torch.from_numpy(np.lib.stride_tricks.sliding_window_view(windows, text + 1).copy())
-        tokens = torch.cat((prefix.expand(len(rows), -1), rows[:, :-1]), dim=1).to(device)
-        hidden = model.hidden(tokens)[:, -1]
-        nll[starts + text - 1] = token_nll(model, hidden, rows[:, -1].to(device)).cpu().numpy()
-        if advance:
-            advance(int(starts[-1] + text))
-    return _finite(nll, 1)
-
-
-# --- scoring ------------------------------------------------------------------------------------------------------
-
-
-def token_nll(model: LanguageModel, hidden_TC: Tensor, targets_T: Tensor) -> Tensor:
-    """-log p(target), fp32 [T], whatever the dtype of the model; a part of the rows at a time."""
-    parts = [
-        F.cross_entropy(model.head(h).float(), t, reduction="none")
-        for h, t in zip(torch.split(hidden_TC, HEAD_ROWS), torch.split(targets_T, HEAD_ROWS), strict=True)
-    ]
-    return torch.cat(parts)
-
-
-def _finite(nll: NDArray[np.float32], first: int) -> NDArray[np.float32]:
-    """The losses of the tokens from number ``first`` on, unless one is not a number.
-
-    A NaN spreads to the other tokens of its forward, so the token named can be a block too early.
-    """
-    bad = np.flatnonzero(~np.isfinite(nll))
-    if len(bad):
+    size = block if isinstance(block, BlockSize) else BlockSize(block)
+    n_prefix = len(model.prefix_ids)
+    text = window - n_prefix
+    if text < stride:
         raise UserError(
-            f"the model's predictions are not finite near token {first + bad[0]}; evaluate in float32, "
-            "or check the weights."
+            f"a window of {window} has no room for {stride} scored tokens behind {n_prefix} sink tokens; "
+            "enlarge --window or lower --stride."
         )
+    # A window ends at (and does not include) a token; causality lets the first one score all of its tokens.
+    ends = np.append(np.arange(text, len(ids) - 1, stride), len(ids) - 1)
+    counts = np.diff(ends, prepend=0)
+    if sample and sample < len(ends) - 1:
+        drawn = 1 + np.sort(np.random.default_rng(0).choice(len(ends) - 1, sample, replace=False))
+        ends, counts = ends[drawn], counts[drawn]
+    nll = np.full(len(ids) - 1, np.nan, dtype=np.float32)
+    done = 0
+    while done < len(ends):
+        n = 1 if counts[done] > stride else max(1, size.tokens // window)
+        tokens, targets = _windows(model.prefix_ids, ids, text, ends[done : done + n], counts[done : done + n])
+
+        def forward(tokens: Any = tokens, targets: Any = targets) -> Tensor:
+            hidden = model.hidden(torch.from_numpy(tokens).to(model.embed.weight.device))
+            return scored(model, hidden[:, -targets.shape[1] :], targets)
+
+        losses = size.attempt(forward)
+        if losses is None:
+            continue
+        where = np.concatenate(
+            [np.arange(e - c, e) for e, c in zip(ends[done : done + n], counts[done : done + n], strict=True)]
+        )
+        nll[where] = finite(losses.cpu().numpy(), where + 1)
+        done += len(tokens)
+        if advance:
+            advance(int(ends[done - 1]))
     return nll
+
+
+def _windows(
+    prefix: tuple[int, ...], ids: Ids, text: int, ends: NDArray[np.int64], counts: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens [windows, length] of the windows with these ends, and the targets of their last tokens."""
+    length = min(text, int(ends.min()))
+    places = ends[:, None] + np.arange(-length, 0)
+    own = np.broadcast_to(np.array(prefix, dtype=np.int64), (len(ends), len(prefix)))
+    tokens = np.concatenate((own, _take(ids, places)), axis=1)
+    widest = int(counts.max())
+    late = np.arange(-widest, 0)
+    targets = np.where(late >= -counts[:, None], _take(ids, ends[:, None] + late + 1), NO_TARGET)
+    return tokens, targets
+
+
+def _take(ids: Ids, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``ids[places]``, reading no more of a file than it must."""
+    low = int(places.min())
+    return np.asarray(ids[low : int(places.max()) + 1], dtype=np.int64)[places - low]

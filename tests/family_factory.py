@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sinkpretrain.streaming import Cache
+from sinkpretrain.cache import Cache
 
 COMMON = {"vocab_size": 96, "tie_word_embeddings": False}
 LLAMA = COMMON | {

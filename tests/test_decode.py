@@ -14,6 +14,7 @@ from conftest import TINY, peaked
 from family_factory import MODELS, build, save
 from numpy.typing import NDArray
 
+from sinkpretrain.cache import Cache
 from sinkpretrain.config import SinkConfig
 from sinkpretrain.decode import Engine, TokenStream
 from sinkpretrain.errors import UserError
@@ -21,7 +22,7 @@ from sinkpretrain.load import load_model
 from sinkpretrain.model import GPTNeoX
 from sinkpretrain.ring import Layout, Places
 from sinkpretrain.sampling import Sampler, Sampling
-from sinkpretrain.streaming import Cache, stream_nll, token_loop_nll
+from sinkpretrain.streaming import stream_nll, token_loop_nll
 
 Ids = NDArray[np.int64]
 

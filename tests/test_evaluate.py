@@ -12,12 +12,13 @@ from conftest import MECHANISMS, TINY, peaked
 from data_factory import make_data
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from sinkpretrain.cache import Cache
 from sinkpretrain.config import RunConfig, SinkConfig, save_yaml
 from sinkpretrain.errors import UserError
 from sinkpretrain.evaluate import one_token, perplexity, settings_for, stream
 from sinkpretrain.load import load_model, save_weights
 from sinkpretrain.model import GPTNeoX
-from sinkpretrain.streaming import Cache, stream_nll, token_loop_nll
+from sinkpretrain.streaming import stream_nll, token_loop_nll
 
 
 def make_run(folder: Path, sink: SinkConfig, tokenizer: Path | None = None) -> Path:

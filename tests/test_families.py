@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from family_factory import MODELS, build, evicting_loop, save
 from safetensors.torch import load_file, save_file
 
+from sinkpretrain.cache import Cache
 from sinkpretrain.decoder import Alibi, Decoder, Learned, Rotary, Spec
 from sinkpretrain.errors import UserError
 from sinkpretrain.families import load_decoder
 from sinkpretrain.load import load_model
-from sinkpretrain.streaming import Cache, dense_nll, recompute_nll, stream_nll, token_loop_nll
+from sinkpretrain.streaming import dense_nll, recompute_nll, stream_nll, token_loop_nll
 
 LENGTH = 50
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from data_prep.tokenizer import train_tokenizer
+from sinkpretrain.cache import Cache
 from sinkpretrain.cli import main
 from sinkpretrain.config import ModelConfig, RunConfig, SinkConfig, save_yaml
 from sinkpretrain.decode import Engine, TokenStream
@@ -22,7 +23,6 @@ from sinkpretrain.generate import Interrupt, Session, forbidden
 from sinkpretrain.load import load_model, save_weights
 from sinkpretrain.model import GPTNeoX
 from sinkpretrain.sampling import Sampler, Sampling
-from sinkpretrain.streaming import Cache
 from sinkpretrain.texts import MOST_PENDING, StopStrings, TextCodec, chat_turns
 
 VOCABULARY = 300

@@ -14,10 +14,11 @@ from data_factory import make_data
 from test_train import checkpoint, config, record, run_command
 
 from sinkpretrain.attention import causal_attention
+from sinkpretrain.cache import Cache
 from sinkpretrain.config import ModelConfig, SinkConfig
 from sinkpretrain.model import GPTNeoX
 from sinkpretrain.sinks import Column
-from sinkpretrain.streaming import Cache, dense_nll, recompute_nll, stream_nll, token_loop_nll
+from sinkpretrain.streaming import dense_nll, recompute_nll, stream_nll, token_loop_nll
 from sinkpretrain.train import train
 from sinkpretrain.trunk import FusedTrunk
 

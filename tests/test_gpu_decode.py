@@ -13,13 +13,14 @@ from conftest import TINY, peaked
 from family_factory import MODELS, build, save
 from test_decode import nll, sampler, text
 
+from sinkpretrain.cache import Cache
 from sinkpretrain.config import SinkConfig
 from sinkpretrain.decode import Engine, TokenStream
 from sinkpretrain.language import LanguageModel
 from sinkpretrain.load import load_model
 from sinkpretrain.model import GPTNeoX
 from sinkpretrain.sampling import Sampler, Sampling
-from sinkpretrain.streaming import Cache, stream_nll
+from sinkpretrain.streaming import stream_nll
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, peaked
 
+from sinkpretrain.banded import BandedAttention
+from sinkpretrain.cache import Cache
 from sinkpretrain.config import SinkConfig
 from sinkpretrain.errors import UserError
 from sinkpretrain.language import LanguageModel
 from sinkpretrain.load import load_model
 from sinkpretrain.model import GPTNeoX
 from sinkpretrain.streaming import (
-    BandedAttention,
-    Cache,
     dense_nll,
     recompute_nll,
     stream_nll,
@@ -94,7 +94,7 @@ def test_everything_cached_is_a_plain_forward(net: GPTNeoX) -> None:
 
 def test_recompute_is_a_fresh_forward_per_token(net: GPTNeoX) -> None:
     ids, window = text(60), 16
-    got = recompute_nll(net, ids, window, batch=5)
+    got = recompute_nll(net, ids, window, block=5 * window)
     n = len(net.prefix_ids)
     for i in (0, 3, window - n - 1, window - n, 30, 58):
         recent = ids[max(0, i + 1 - (window - n)) : i + 1]
@@ -178,7 +178,7 @@ def test_reference_evaluator(start: int, recent: int, oracle: Oracle) -> None:
 
 def test_reference_dense_and_recompute(oracle: Oracle) -> None:
     net, ids, numbers = oracle
-    for got, name in ((dense_nll(net, ids), "nll_dense"), (recompute_nll(net, ids, 64, batch=64), "nll_recompute64")):
+    for got, name in ((dense_nll(net, ids), "nll_dense"), (recompute_nll(net, ids, 64, block=4096), "nll_recompute64")):
         assert np.abs(got - numbers[name]).max() < 1e-4
         assert abs((got - numbers[name]).mean()) < 1e-5
 

@@ -1,0 +1,133 @@
+"""Attention over a band of recent keys: one meaning, several kernels.
+
+A band kernel takes q [B, H, T, D] and k, v [B, Hkv, S, D], rotated; query i stands at key i + S - T (the last query at
+the last key) and sees the keys less than ``reach`` before it, itself included. It returns the output [B, H, T, D] and
+the fp32 logsumexp of the logits [B, H, T], 0 and -inf for a query that sees nothing. ALiBi's ``slopes`` are fp32 [H] or
+None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sinkpretrain.attention import distance_bias, masked_attention, spread_heads
+
+Kernel = Callable[[Tensor, Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
+
+FOLD = 128
+"""Queries of a window: each reads ``reach`` + this many keys. Measured on two CPU cores: docs/speed.md."""
+
+
+def band_bias(distance_TS: Tensor, slopes_H: Tensor | None, reach: int | None) -> Tensor:
+    """``distance_bias`` where a query sees itself and what is less than ``reach`` before it; None: everything."""
+    visible_TS = distance_TS >= 0
+    if reach is not None:
+        visible_TS = visible_TS & (distance_TS < reach)
+    return distance_bias(distance_TS, slopes_H, visible_TS)
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, reach: int, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The definition: all keys under a mask."""
+    T, S = q.shape[2], k.shape[2]
+    i, j = torch.arange(T, device=q.device), torch.arange(S, device=q.device)
+    return masked_attention(q, k, v, band_bias(i[:, None] + (S - T) - j, slopes, reach))
+
+
+def folded(q: Tensor, k: Tensor, v: Tensor, reach: int, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Windows of ``FOLD`` queries side by side in the batch, each with the keys that it can see.
+
+    On a CPU the windows of keys are views of each other; nothing is copied.
+    """
+    B, H, T, _ = q.shape
+    S = k.shape[2]
+    reach = min(reach, S)
+    n = -(-T // FOLD)
+    width = FOLD + reach - 1
+    # Queries are padded in front to whole windows, keys to the first window's first key; what lies before it is unseen.
+    q = F.pad(q, (0, 0, n * FOLD - T, 0))
+    front = n * FOLD + reach - 1 - S
+    k, v = (
+        F.pad(spread_heads(x, H), (0, 0, front, 0)).unfold(2, width, FOLD).permute(0, 2, 1, 4, 3).flatten(0, 1)
+        for x in (k, v)
+    )
+    i, j = torch.arange(FOLD, device=q.device), torch.arange(width, device=q.device)
+    bias = band_bias(i[:, None] + reach - 1 - j, slopes, reach)  # [FOLD, width] or [H, FOLD, width]
+    if front > 0:
+        real = torch.arange(n, device=q.device)[:, None] * FOLD + j >= front
+        bias = bias.masked_fill(~real[:, None, None, :], float("-inf")).repeat(B, 1, 1, 1)
+    q = q.reshape(B, H, n, FOLD, -1).transpose(1, 2).flatten(0, 1)
+    out, lse = masked_attention(q, k, v, bias)
+    out = out.reshape(B, n, H, FOLD, -1).transpose(1, 2).flatten(2, 3)
+    lse = lse.reshape(B, n, H, FOLD).transpose(1, 2).flatten(2, 3)
+    return out[:, :, n * FOLD - T :], lse[:, :, n * FOLD - T :]
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, reach: int, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The stock flash kernel with a window to the left; a GPU and 16 bits, no ALiBi."""
+    assert slopes is None
+    T, S = q.shape[2], k.shape[2]
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        *(x.transpose(1, 2) for x in (q, k, v)), None, None, T, S, 0.0, True, False,
+        window_size_left=min(reach - 1, S), window_size_right=0,
+    )  # fmt: skip
+    # Of a query that sees nothing the kernel says +inf.
+    return out.transpose(1, 2), torch.where(lse == float("inf"), float("-inf"), lse)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, reach: int, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
+    """FlexAttention with a block mask, compiled where there is a GPU."""
+    T, S = q.shape[2], k.shape[2]
+    mask = _block_mask(T, S, reach, q.device)
+    score = None if slopes is None else _alibi(slopes, S - T)
+    grouped = k.shape[1] != q.shape[1]
+    out, aux = _flex(q.device.type)(
+        q, k, v, score_mod=score, block_mask=mask, enable_gqa=grouped, return_aux=_want_lse()
+    )  # fmt: skip
+    return out, aux.lse
+
+
+KERNELS: dict[str, Kernel] = {"masked": masked, "folded": folded, "flash": flash, "flex": flex}
+
+
+def choose(q: Tensor, slopes: Tensor | None) -> Kernel:
+    """The fastest kernel for these queries: see docs/speed.md."""
+    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] % 8:
+        return folded
+    return flash if slopes is None else flex
+
+
+def _want_lse() -> Any:
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    return AuxRequest(lse=True)
+
+
+@lru_cache(maxsize=8)
+def _block_mask(T: int, S: int, reach: int, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        distance = i + (S - T) - j
+        return (distance >= 0) & (distance < reach)
+
+    return create_block_mask(visible, None, None, T, S, device=str(device))
+
+
+def _alibi(slopes: Tensor, offset: int) -> Any:
+    def score(logit: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return logit - slopes[h] * (i + offset - j)
+
+    return score
+
+
+@lru_cache
+def _flex(device: str) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention

@@ -1,0 +1,234 @@
+"""The attention of a stream, many queries at a time: the first x keys and a band of the last y, under one softmax.
+
+Why that is exact is said at the head of ``sinkpretrain.streaming``. Letters of the axes: B batch, H heads, T queries of
+a block, S keys, D dimensions of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sinkpretrain import sinks
+from sinkpretrain.attention import (
+    distance_bias,
+    masked_attention,
+    merge_column,
+    merge_keys,
+    rotate,
+    scaled_logits,
+    spread_heads,
+    visible_keys,
+    weighed_keys,
+)
+from sinkpretrain.band import Kernel, choose
+from sinkpretrain.cache import Cache, Positions
+from sinkpretrain.language import Attend, LanguageModel
+from sinkpretrain.mechanism import Weigh
+from sinkpretrain.ops import can_compile, compiled
+
+FEW = 16
+"""Initial keys up to which a product is taken element by element, which a compiler fuses with what is around it."""
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values that one layer keeps, each [B, H, S, D]: the first x (rotated to their slots for good) and the
+    last y (not rotated, since their slots move)."""
+
+    start_k: Tensor
+    start_v: Tensor
+    band_k: Tensor
+    band_v: Tensor
+
+    @classmethod
+    def empty(cls, like: Tensor) -> LayerCache:
+        none = like[:, :, :0]
+        return cls(none, none, none, none)
+
+
+class BandedAttention:
+    """Keeps each layer's first x and last y keys and values between blocks.
+
+    ``layers`` may be copied before a block and put back after one that failed.
+
+    Args:
+        drop_column: leave the mechanism's softmax column out.
+        positions: where a query stands towards the first x keys.
+        kernel: for the band; by default the fastest one for the device and dtype.
+        fuse: compile what lies between the products; by default on a GPU.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        cache: Cache,
+        drop_column: bool = False,
+        positions: Positions = "in-cache",
+        kernel: Kernel | None = None,
+        fuse: bool | None = None,
+    ) -> None:
+        self.model, self.cache, self.drop_column, self.positions = model, cache, drop_column, positions
+        self.device, self.kernel = model.embed.weight.device, kernel
+        self.fuse = can_compile(self.device) if fuse is None else fuse
+        self.layers: list[LayerCache | None] = [None] * model.config.n_layer
+
+    def places(self, first: int, length: int) -> Tensor:
+        """Where the queries first .. first + length - 1 of the sequence stand, int64 [length]."""
+        t_T = torch.arange(first, first + length, device=self.device)
+        return t_T.clamp(max=self.cache.size) if self.positions == "in-cache" else t_T
+
+    def block(self, first: int, length: int) -> Attend:
+        """The attention function for the positions first .. first + length - 1, which follow those seen so far."""
+        x, y, model, device = self.cache.start, self.cache.recent, self.model, self.device
+        place_T = self.places(first, length)
+        # The band's keys reach back y from the block's first query, but not into the first x. Angles are taken from
+        # there, so that they stay small and exact however far the stream has come.
+        low = max(x, first - y)
+        n_new = min(length, max(0, x - first))  # keys of this block that are among the first x
+        band_S = torch.arange(max(0, first + length - low), device=device)
+        start_S = torch.arange(min(x, first + length), device=device)
+        rope_band_q = model.rope(torch.arange(first - low, first - low + length, device=device))
+        rope_band_k, rope_place_q, rope_start_k = model.rope(band_S), model.rope(place_T), model.rope(start_S[first:])
+        band = Band(self, first, length, low)
+        start = {window: Seen.of(model, window, place_T[:, None], start_S) for window in set(model.windows)}
+        seen_T = {window: start[window].visible.sum(-1) + band.count(window) for window in set(model.windows)}
+        turn: Callable[..., Tensor] = compiled(rotate) if self.fuse else rotate
+        merge: Callable[..., tuple[Tensor, Tensor]] = compiled(merge_start) if self.fuse else merge_start
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> Tensor:
+            old = self.layers[layer] or LayerCache.empty(k)
+            start_k = torch.cat((old.start_k, rotate(k[:, :, :n_new], *rope_start_k)), dim=2)
+            start_v = torch.cat((old.start_v, v[:, :, :n_new]), dim=2)
+            band_k = torch.cat((old.band_k, k[:, :, n_new:]), dim=2)
+            band_v = torch.cat((old.band_v, v[:, :, n_new:]), dim=2)
+            keep = max(0, band_k.shape[2] - y)
+            self.layers[layer] = LayerCache(start_k, start_v, band_k[:, :, keep:].clone(), band_v[:, :, keep:].clone())
+            window, has_column = model.windows[layer], sink.adds_column and not self.drop_column
+            q_band, band_k = turn(q, *rope_band_q), turn(band_k, *rope_band_k)
+            q_place = turn(q, *rope_place_q) if has_column or sink.weigher or start_k.shape[2] else None
+            if sink.weigher is not None:
+                assert q_place is not None
+                begin = Keys(q_place, start_k, start_v)
+                return band.weighed(window, Keys(q_band, band_k, band_v), begin, start[window].visible, sink.weigher)
+            if band_k.shape[2]:
+                out, lse = band.softmax(window, Keys(q_band, band_k, band_v))
+            else:
+                out, lse = torch.zeros_like(q), torch.full(q.shape[:3], float("-inf"), device=device)
+            if start_k.shape[2]:
+                out, lse = merge(out, lse, q_place, start_k, start_v, start[window].bias)
+            return merge_column(
+                out, lse, sink.column(q_place, seen_T[window]) if has_column and q_place is not None else None
+            )
+
+        return attend
+
+
+class Keys(NamedTuple):
+    """Queries [B, H, T, D] with the keys and values that they may see, rotated."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class Band:
+    """What the queries of a block see of the keys from position ``low`` on, and their attention to them.
+
+    In most layers that is a plain reach, for which there are fast kernels. A mechanism's own normalisation, and keys
+    that a window lets through for their place, are taken under a mask, ``ROWS`` queries at a time.
+    """
+
+    ROWS = 256
+
+    def __init__(self, banded: BandedAttention, first: int, length: int, low: int) -> None:
+        self.model, self.cache, self.kernel = banded.model, banded.cache, banded.kernel
+        self.t_T = torch.arange(first, first + length, device=banded.device)
+        self.place_T, self.low = banded.places(first, length), low
+
+    def reach(self, window: int | None) -> int | None:
+        """How many keys back a query sees, itself included; None: not every key is seen for its distance alone."""
+        y = self.cache.recent
+        if window is None or window > y:
+            return y + 1
+        # Pinned keys are among the first x, of which none is in the band, or the window is no plain reach.
+        return window if self.model.pinned <= self.cache.start else None
+
+    def count(self, window: int | None) -> Tensor:
+        """Keys that each query sees, int64 [T]."""
+        reach = self.reach(window)
+        if reach is not None:
+            return (self.t_T - self.low + 1).clamp(0, reach)
+        return torch.cat([seen.visible.sum(-1) for _, _, seen in self.parts(window)])
+
+    def parts(self, window: int | None) -> Iterator[tuple[slice, slice, Seen]]:
+        """Some queries, the keys that may matter to them, and what they see of those."""
+        first = int(self.t_T[0])
+        for start in range(0, len(self.t_T), self.ROWS):
+            rows = slice(start, min(start + self.ROWS, len(self.t_T)))
+            t_T, place_T = self.t_T[rows, None], self.place_T[rows, None]
+            keys = slice(max(0, first + start - self.cache.recent - self.low), max(0, first + rows.stop - self.low))
+            key_S = torch.arange(keys.start, keys.stop, device=t_T.device) + self.low
+            # Among recent keys, places differ as they do in the text.
+            recent_TS = t_T - key_S <= self.cache.recent
+            yield rows, keys, Seen.of(self.model, window, place_T, key_S - (t_T - place_T), recent_TS)
+
+    def softmax(self, window: int | None, all: Keys) -> tuple[Tensor, Tensor]:
+        """Output [B, H, T, D] and logsumexp [B, H, T]."""
+        reach, (q, k, v) = self.reach(window), all
+        if reach is not None:
+            kernel = self.kernel or choose(q, self.model.slopes)
+            return kernel(q, k, v, reach, self.model.slopes)
+        found = [
+            masked_attention(q[:, :, rows], k[:, :, keys], v[:, :, keys], seen.bias)
+            for rows, keys, seen in self.parts(window)
+        ]
+        return torch.cat([out for out, _ in found], dim=2), torch.cat([lse for _, lse in found], dim=2)
+
+    def weighed(self, window: int | None, all: Keys, start: Keys, start_seen: Tensor, weigh: Weigh) -> Tensor:
+        """Output [B, H, T, D] under a mechanism's own normalisation over the first x keys and the band."""
+        return torch.cat(
+            [
+                weighed_keys(
+                    [scaled_logits(start.q[:, :, rows], start.k), scaled_logits(all.q[:, :, rows], all.k[:, :, keys])],
+                    [start_seen[rows], seen.visible],
+                    [start.v, all.v[:, :, keys]],
+                    weigh,
+                )
+                for rows, keys, seen in self.parts(window)
+            ],
+            dim=2,
+        )
+
+
+class Seen(NamedTuple):
+    """What queries see of some keys: bool [T, S], and the same as a bias on their logits, [T, S] or [H, T, S]."""
+
+    visible: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(
+        cls, model: LanguageModel, window: int | None, query: Tensor, key: Tensor, allowed: Tensor | None = None
+    ) -> Seen:
+        """By the places of queries [T, 1] and keys ([S] or [T, S]) in a layer with this window, where ``allowed``."""
+        visible = visible_keys(query, key, window, model.pinned)
+        if allowed is not None:
+            visible = visible & allowed
+        return cls(visible, distance_bias(query - key, model.slopes, visible))
+
+
+def merge_start(
+    out: Tensor, lse: Tensor, q: Tensor, start_k: Tensor, start_v: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Add the first x keys to the softmax over the band; in fp32."""
+    keys = spread_heads(start_k, q.shape[1]).float()
+    if start_k.shape[2] <= FEW and q.is_cuda:
+        logits = (q.float().unsqueeze(3) * keys.unsqueeze(2)).sum(-1)
+    else:
+        logits = q.float() @ keys.mT
+    return merge_keys(out, lse, logits * q.shape[-1] ** -0.5 + bias, start_v)
