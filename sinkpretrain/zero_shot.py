@@ -21,6 +21,7 @@ from sinkpretrain.load import METADATA_KEY, LoadedModel, load_model
 from sinkpretrain.model import GPTNeoX
 from sinkpretrain.progress import ProgressBar
 from sinkpretrain.provenance import provenance
+from sinkpretrain.weights import read_config, weight_files
 
 RESULTS = "zero_shot.json"
 PAPER = ("arc_challenge", "arc_easy", "hellaswag", "lambada_openai", "openbookqa", "piqa", "winogrande")
@@ -122,21 +123,36 @@ def numbers(found: dict[str, Any], task: str) -> dict[str, Any]:
 
 def _model(model: str, backend: str) -> tuple[dict[str, Any], LoadedModel | None]:
     """What the results say about the model, and the model itself, or None for the harness's own class."""
-    loaded = load_model(model)
+    folder = Path(model)
+    is_folder = (folder / "config.json").is_file()
+    try:
+        loaded = load_model(model)
+    except UserError:
+        # A family that this package does not read may still be one that transformers does.
+        if not is_folder or backend == "sinkpretrain":
+            raise
+        return _foreign(folder), None
     ours = isinstance(loaded.model, GPTNeoX)
     if backend == "sinkpretrain" or (ours and backend == "auto"):
         if loaded.tokenizer is None:
             raise UserError(f"{loaded.name} comes without a tokenizer, and the tasks are text; put one beside it.")
         return loaded.provenance(), loaded
-    if not Path(model).joinpath("config.json").is_file():
+    if not is_folder:
         raise UserError(f"--backend hf takes Hugging Face folders, and {model} is none; export it, or leave it out.")
-    written = read_json(Path(model) / "config.json").get(METADATA_KEY) or {}
+    written = read_json(folder / "config.json").get(METADATA_KEY) or {}
     if loaded.model.prefix_ids or written.get("form") in ("seeded", "own"):
         raise UserError(
             f"--backend hf would leave out the sinks of {loaded.name} ({loaded.label}) without a word; "
             "use --backend sinkpretrain."
         )
     return loaded.provenance(), None
+
+
+def _foreign(folder: Path) -> dict[str, Any]:
+    """What is known of a model that only transformers can load."""
+    kind = read_config(folder).get("model_type", "unknown")
+    about = {"path": str(folder), "name": folder.resolve().name, "sha256": sha256_file(*weight_files(folder))}
+    return about | {"step": None, "mechanism": str(kind), "sink": {}, "shape": {}, "parameters": None}
 
 
 def _harness_model(model: str, loaded: LoadedModel | None, device: torch.device, options: dict[str, Any]) -> Any:

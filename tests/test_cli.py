@@ -181,3 +181,9 @@ def test_list_shows_every_mechanism(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| 128 |" in table
     assert main(["list", "--config", "pythia-15m"]) == 2
     assert "did you mean" in capsys.readouterr().err
+
+
+def test_the_docs_have_the_same_table() -> None:
+    from sinkpretrain.catalogue import list_mechanisms
+
+    assert list_mechanisms(format="markdown") in (ROOT / "docs" / "mechanisms.md").read_text(encoding="utf-8")

@@ -171,6 +171,29 @@ def test_the_harness_has_the_same_likelihoods(runs: dict[str, Path], vanilla_fol
     assert ours.generate_until(until) == theirs.generate_until(until)
 
 
+def test_models_of_others(questions: Path, tmp_path: Path, tokenizer_file: Path) -> None:
+    """By the harness's own class by itself; by ours too, where this package reads the family; with the same numbers."""
+    from family_factory import build
+    from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token="<|endoftext|>")
+    build("llama", vocab_size=320, eos_token_id=0, bos_token_id=None).save_pretrained(tmp_path / "llama")
+    shape = {"vocab_size": 320, "hidden_size": 32, "n_layer": 1, "n_head": 2, "seq_length": 64}
+    BloomForCausalLM(BloomConfig(**shape, eos_token_id=0)).save_pretrained(tmp_path / "bloom")
+    for name in ("llama", "bloom"):
+        tokenizer.save_pretrained(tmp_path / name)
+
+    def results(name: str, backend: str) -> dict[str, Any]:
+        out = str(tmp_path / f"{name}-{backend}")
+        return zero_shot(str(tmp_path / name), local=str(questions), out=out, limit=40, backend=backend, progress=False)
+
+    theirs, ours, unknown = results("llama", "auto"), results("llama", "sinkpretrain"), results("bloom", "auto")
+    assert [r["backend"] for r in (theirs, ours, unknown)] == ["hf", "sinkpretrain", "hf"]
+    assert ours["tasks"] == theirs["tasks"]
+    assert unknown["model"]["mechanism"] == "bloom"
+    assert unknown["tasks"]["piqa"]["n"] == 40
+
+
 @pytest.mark.parametrize("name", SOME)
 def test_batch_size_changes_nothing(name: str, runs: dict[str, Path], questions: Path, tmp_path: Path) -> None:
     for kind, arguments in (("loglikelihood", PAIRS), ("loglikelihood_rolling", [(t,) for t in TEXTS])):
