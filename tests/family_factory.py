@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from sinkpretrain.bench_stream import evict
 from sinkpretrain.cache import Cache
 
 COMMON = {"vocab_size": 96, "tie_word_embeddings": False}
@@ -91,9 +92,5 @@ def evicting_loop(
             input_ids=torch.tensor([[int(token)]]), past_key_values=past, use_cache=True, **where
         ).logits[0]  # fmt: skip
         nll.append(F.cross_entropy(logits, torch.tensor([int(ids[t + 1])])).item())
-        if past.get_seq_length() > cache.size:
-            for layer in past.layers:
-                for part in ("keys", "values"):
-                    x = getattr(layer, part)
-                    setattr(layer, part, torch.cat((x[:, :, : cache.start], x[:, :, cache.start + 1 :]), dim=2))
+        evict(past, cache)
     return np.array(nll, dtype=np.float32)
