@@ -43,7 +43,7 @@ COMMANDS = {
     "list": Command("sinkpretrain.commands", "list_mechanisms", "the sink mechanisms and what each of them needs"),
     "bench": Command("sinkpretrain.commands", "bench", "how fast training and decoding are on this machine"),
     "doctor": Command("sinkpretrain.commands", "doctor", "is everything there that a training job needs?"),
-    "submit": Command("sinkpretrain.commands", "submit", "a whole experiment to a Slurm cluster"),
+    "submit": Command("sinkpretrain.commands", "submit", "a whole experiment, on a Slurm cluster or on this machine"),
     "demo": Command("sinkpretrain.commands", "demo", "the whole path in a few minutes, without a network"),
 }
 

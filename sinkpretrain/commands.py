@@ -345,10 +345,7 @@ def bench(argv: Sequence[str]) -> int:
 def submit(argv: Sequence[str]) -> int:
     from sinkpretrain.submit import submit as run
 
-    ids = run(**_arguments("submit", run, argv))
-    for name, number in ids.items():
-        print(f"{number}\t{name}")
-    return 0
+    return run(**_arguments("submit", run, argv))
 
 
 def doctor(argv: Sequence[str]) -> int:

@@ -46,7 +46,8 @@ class Experiment:
         attempts: training jobs per run, one after the other; each goes on where the one before ended, and one that
             finds the run finished ends at once. What requeueing does not cover (a process that was killed) costs one.
         array: submit the training as an array, one task per run.
-        at_once: most tasks of the array that run at the same time; 0 means all.
+        at_once: most runs at the same time: tasks of the array (0 means all), or processes of ``submit --local`` (0
+            means as many as there are GPUs for).
         evaluate: the streaming evaluation.
     """
 

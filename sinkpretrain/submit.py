@@ -9,6 +9,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from sinkpretrain import local as here
 from sinkpretrain.errors import UserError
 from sinkpretrain.experiment import Experiment, Member, load_experiment
 
@@ -134,28 +135,41 @@ def _id(name: str, ids: dict[str, str]) -> str:
 # --- sending ------------------------------------------------------------------------------------------------------
 
 
-def submit(file: str, dry_run: bool = False, site: str = "") -> dict[str, str]:
-    """Send an experiment to Slurm: training of every variant and seed, then streaming evaluation, then comparison.
+def submit(file: str, dry_run: bool = False, site: str = "", local: bool = False) -> int:
+    """A whole experiment: training of every variant and seed, then streaming evaluation, then comparison.
 
     A job starts when the one before it ended well, and is cancelled when that cannot happen any more. Given again, the
     command goes on where the jobs ended.
 
     Args:
         file: the experiment's YAML file.
-        dry_run: print the calls of sbatch, as a shell script, instead.
+        dry_run: print the commands, as a shell script, instead.
         site: file with the site's settings; by default site.env beside the job scripts.
+        local: do it on this machine, without Slurm: as many runs at the same time as there are GPUs for, or at_once.
 
     Returns:
-        Job ids by name.
+        Exit code. The ids of the jobs and their names are printed, one job per line.
 
     Raises:
         UserError: a setting is wrong (all runs are checked first), or Slurm refuses; nothing stays submitted.
     """
     experiment = load_experiment(Path(file))
     check(experiment)
+    if local and dry_run:
+        print("\n".join(here.as_script(experiment)))
+        return 0
+    if local:
+        return here.run_here(experiment)
+    for name, number in send(experiment, Path(file), dry_run, site).items():
+        print(f"{number}\t{name}")
+    return 0
+
+
+def send(experiment: Experiment, file: Path, dry_run: bool = False, site: str = "") -> dict[str, str]:
+    """Send the jobs to Slurm, or print the calls of sbatch; returns their ids by name, raises as ``submit`` does."""
     scripts = script_folder()
     environment = {"SINKPRETRAIN_SLURM": str(scripts), "SINKPRETRAIN_SITE": str(_site(site, scripts))}
-    jobs = plan(experiment, Path(file))
+    jobs = plan(experiment, file)
     if dry_run:
         print("\n".join(as_script(jobs, scripts, environment)))
         return {}
@@ -168,7 +182,7 @@ def submit(file: str, dry_run: bool = False, site: str = "") -> dict[str, str]:
     try:
         for job in jobs:
             ids[job.name] = _send(command(job, scripts, ids), environment)
-    except UserError:
+    except BaseException:  # Ctrl-C too
         if ids:
             subprocess.run(["scancel", *ids.values()], check=False)
         raise
