@@ -334,7 +334,7 @@ def recipe_path(name: str) -> Path:
         for candidate in (folder / name, folder / f"{name}.yaml", folder / "sinks" / f"{name}.yaml"):
             if candidate.is_file():
                 return candidate
-    known = sorted({p.stem for f in _recipe_folders() for p in f.rglob("*.yaml")})
+    known = sorted({*recipe_names("."), *recipe_names("sinks")})
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known recipes: {', '.join(known)}."
     raise UserError(f"no recipe or file called {name!r}; {hint}")

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sinkpretrain.cache import Cache
 from sinkpretrain.cli import main
 from sinkpretrain.commands import load_run_config
 from sinkpretrain.errors import UserError
 from sinkpretrain.experiment import load_experiment, load_member
-from sinkpretrain.submit import command, plan, script_folder, submit
+from sinkpretrain.submit import check, command, plan, script_folder, submit
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 EXPERIMENT = {
     "recipe": "pythia-14m",
@@ -108,6 +111,14 @@ def test_mistakes_are_found_before_anything_is_sent(changes: dict, sentence: str
     with pytest.raises(UserError, match=sentence):
         submit(str(written(tmp_path, changes)))
     assert not (tmp_path / "results here").exists()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("experiments/*.yaml")), ids=lambda p: p.stem)
+def test_the_experiments_that_come_with_the_project_are_valid(path: Path) -> None:
+    experiment = load_experiment(path)
+    check(experiment)
+    context = load_run_config(experiment.members()[0].train_flags()).model.context
+    assert all(c.size <= context for c in map(Cache.parse, experiment.evaluate.cache.split(",")))
 
 
 def test_members_are_numbered(file: Path) -> None:
