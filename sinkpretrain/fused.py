@@ -47,7 +47,7 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
         tl.store(base + column, gradient.to(logits.dtype.element_ty), mask=column < V)
 
 
-_LOSS_BLOCK, _LOSS_WARPS = 8192, 16
+_LOSS_BLOCK, _LOSS_WARPS = 16384, 16
 
 
 def cross_entropy_rows(logits: Tensor, labels: Tensor, losses: Tensor) -> None:

@@ -44,6 +44,7 @@ from sinkpretrain.ranks import Ranks
 from sinkpretrain.sharding import shard, whole, whole_state
 from sinkpretrain.signals import StopRequest
 from sinkpretrain.slurm import TimeLeft
+from sinkpretrain.trunk import FusedTrunk
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -125,7 +126,9 @@ class PretrainModule(L.LightningModule):
         self._maybe_compiled = (
             functools.partial(torch.compile, fullgraph=True) if config.training.compile else (lambda f: f)
         )
-        self._hidden: Callable[..., Tensor] = self._maybe_compiled(self.model.hidden)
+        self._hidden: Callable[..., Tensor] = (
+            FusedTrunk(self.model, config.training.compile) if self._fused else self._maybe_compiled(self.model.hidden)
+        )
         self._hidden_in_documents: Callable[..., Tensor] = self._maybe_compiled(self._mask_documents)
         self._plain_loss: Callable[..., Tensor] = self._maybe_compiled(linear_cross_entropy)
         self._pending: list[Step] = []

@@ -310,6 +310,10 @@ def build(
     torch.set_float32_matmul_precision("highest" if config.training.precision == "32-true" else "high")
     kind = accelerator(config)
     world = world_size(config)
+    if config.training.compile and world > 1:
+        # Fused, a model is compiled from block to block, so that gradients are exchanged while others are still
+        # computed; a model compiled as one has to be cut for that.
+        torch._dynamo.config.optimize_ddp = not config.training.fused or config.data.document_mask
     writer = BackgroundWriter()
     trainer = L.Trainer(
         accelerator=kind,
