@@ -81,15 +81,19 @@ def flash(q: Tensor, k: Tensor, v: Tensor, reach: int, slopes: Tensor | None) ->
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, reach: int, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
-    """FlexAttention with a block mask, compiled where there is a GPU."""
+    """FlexAttention with a block mask, compiled where there is a GPU.
+
+    Compiled anew for every shape: queries and keys are padded in front to powers of two, so that there are few.
+    """
     T, S = q.shape[2], k.shape[2]
-    mask = _block_mask(T, S, reach, q.device)
-    score = None if slopes is None else _alibi(slopes, S - T)
-    grouped = k.shape[1] != q.shape[1]
+    rows, width = (max(TILE, 1 << (n - 1).bit_length()) for n in (T, max(T, S)))
+    mask = _block_mask(rows, width, min(reach, width), width - S, q.device)
+    score = None if slopes is None else _alibi(slopes, width - rows)
     out, aux = _flex(q.device.type)(
-        q, k, v, score_mod=score, block_mask=mask, enable_gqa=grouped, return_aux=_want_lse()
+        F.pad(q, (0, 0, rows - T, 0)), *(F.pad(x, (0, 0, width - S, 0)) for x in (k, v)),
+        score_mod=score, block_mask=mask, enable_gqa=k.shape[1] != q.shape[1], return_aux=_want_lse(),
     )  # fmt: skip
-    return out, aux.lse
+    return out[:, :, rows - T :], aux.lse[:, :, rows - T :]
 
 
 KERNELS: dict[str, Kernel] = {"masked": masked, "folded": folded, "flash": flash, "flex": flex}
@@ -108,15 +112,37 @@ def _want_lse() -> Any:
     return AuxRequest(lse=True)
 
 
+TILE = 128
+"""Side of the blocks of FlexAttention's mask."""
+
+
 @lru_cache(maxsize=8)
-def _block_mask(T: int, S: int, reach: int, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+def _block_mask(T: int, S: int, reach: int, front: int, device: torch.device) -> Any:
+    """The band of T queries at the end of S keys, of which the first ``front`` are padding.
+
+    From arithmetic over tiles: made from the mask itself, it would take all of its T x S entries.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    # As tensors, for which compiled code is not made anew.
+    reach_, front_ = (torch.tensor(n, device=device) for n in (reach, front))
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         distance = i + (S - T) - j
-        return (distance >= 0) & (distance < reach)
+        return (distance >= 0) & (distance < reach_) & (j >= front_)
 
-    return create_block_mask(visible, None, None, T, S, device=str(device))
+    query = torch.arange(S - T, S, TILE)[:, None]  # a tile's first
+    key = torch.arange(0, S, TILE)
+    query_end, key_end = query + TILE - 1, key + TILE - 1
+    some = (key <= query_end) & (key_end > query - reach) & (key_end >= front)
+    all_ = (key_end <= query) & (key > query_end - reach) & (key >= front)
+    return BlockMask.from_kv_blocks(*_listed(some & ~all_, device), *_listed(all_, device), TILE, visible, (T, S))
+
+
+def _listed(tiles: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How many tiles are set in each row, int32 [1, 1, rows], and their numbers first in [1, 1, rows, columns]."""
+    order = torch.argsort(tiles.int(), dim=-1, descending=True, stable=True)
+    return tiles.sum(-1)[None, None].int().to(device), order[None, None].int().to(device)
 
 
 def _alibi(slopes: Tensor, offset: int) -> Any:

@@ -226,9 +226,19 @@ def merge_start(
     out: Tensor, lse: Tensor, q: Tensor, start_k: Tensor, start_v: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Add the first x keys to the softmax over the band; in fp32."""
-    keys = spread_heads(start_k, q.shape[1]).float()
-    if start_k.shape[2] <= FEW and q.is_cuda:
-        logits = (q.float().unsqueeze(3) * keys.unsqueeze(2)).sum(-1)
-    else:
-        logits = q.float() @ keys.mT
-    return merge_keys(out, lse, logits * q.shape[-1] ** -0.5 + bias, start_v)
+    keys, values = (spread_heads(x, q.shape[1]).float() for x in (start_k, start_v))
+    scale = q.shape[-1] ** -0.5
+    if start_k.shape[2] > FEW or not q.is_cuda:
+        return merge_keys(out, lse, q.float() @ keys.mT * scale + bias, values)
+    # Products with so few keys, taken element by element, are fused with what is around them.
+    logits = (q.float().unsqueeze(3) * keys.unsqueeze(2)).sum(-1) * scale + bias
+    return merge_few(out, lse, logits, values)
+
+
+def merge_few(out: Tensor, lse: Tensor, logits: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """``merge_keys`` one key at a time."""
+    lse_all = torch.logaddexp(lse, torch.logsumexp(logits, dim=-1))
+    merged = out.float() * torch.exp(lse - lse_all).unsqueeze(-1)
+    for key in range(logits.shape[-1]):
+        merged = merged + torch.exp(logits[..., key] - lse_all).unsqueeze(-1) * values[:, :, key, None]
+    return merged, lse_all

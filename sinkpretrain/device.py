@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from sinkpretrain.errors import UserError
 
@@ -23,3 +28,25 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def upload(values: NDArray[Any], device: torch.device) -> Tensor:
+    """On the device, without waiting for what it was told to do before."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def download(tensor: Tensor) -> Callable[[], NDArray[Any]]:
+    """A function that waits for the values and returns them: for those alone, not for what the device is told next."""
+    if tensor.device.type != "cuda":
+        return tensor.numpy
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    sent.record()
+
+    def values() -> NDArray[Any]:
+        sent.synchronize()
+        return host.numpy()
+
+    return values

@@ -6,8 +6,9 @@ The plain one is what the fused one is tested against, forward and gradient.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -34,8 +35,24 @@ def can_compile(device: torch.device) -> bool:
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` through torch.compile, once for all shapes and all who ask."""
-    return torch.compile(function, dynamic=True)
+    """``function`` through torch.compile, once for all shapes and all who ask; itself where the compiler fails."""
+    fast: Callable[..., Any] | None = torch.compile(function, dynamic=True)
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        nonlocal fast
+        if fast is not None:
+            try:
+                return fast(*args)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # of a compiler there is no end of what may fail
+                name, why = getattr(function, "__name__", "a function"), str(error).strip().partition("\n")[0]
+                warnings.warn(f"{name} is not compiled ({why}); the same numbers, more slowly.", stacklevel=2)
+                fast = None
+        return function(*args)
+
+    return call
 
 
 def can_fuse(x: Tensor) -> bool:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sinkpretrain.device import upload
 from sinkpretrain.errors import UserError
 from sinkpretrain.language import LanguageModel
 from sinkpretrain.ops import can_compile, compiled
@@ -48,8 +49,8 @@ def scored(model: LanguageModel, hidden_BTC: Tensor, targets_BT: NDArray[np.int6
     hidden_NC, targets_N = hidden_BTC.flatten(0, 1), targets_BT.reshape(-1)
     there = np.flatnonzero(targets_N != NO_TARGET)
     if len(there) < len(targets_N):
-        hidden_NC, targets_N = hidden_NC[torch.from_numpy(there).to(device)], targets_N[there]
-    return token_nll(model, hidden_NC, torch.from_numpy(np.ascontiguousarray(targets_N)).to(device))
+        hidden_NC, targets_N = hidden_NC[upload(there, device)], targets_N[there]
+    return token_nll(model, hidden_NC, upload(targets_N, device))
 
 
 def finite(nll: Losses, places: NDArray[np.integer]) -> Losses:

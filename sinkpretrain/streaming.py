@@ -28,6 +28,7 @@ from sinkpretrain.attention import attention_weights, rotate, weighted_values
 from sinkpretrain.band import Kernel
 from sinkpretrain.banded import BandedAttention, Seen
 from sinkpretrain.cache import Cache, Positions
+from sinkpretrain.device import download, upload
 from sinkpretrain.errors import UserError
 from sinkpretrain.language import LanguageModel
 from sinkpretrain.scoring import NO_TARGET, BlockSize, Losses, finite, scored, token_nll
@@ -118,7 +119,7 @@ def _read_together(
 
         def forward(first: int = first, tokens: Any = tokens, targets: Any = targets) -> Tensor:
             attend, places = banded.block(first, tokens.shape[1]), banded.places(first, tokens.shape[1])
-            hidden = model.hidden(torch.from_numpy(tokens).to(banded.device), attend, places)
+            hidden = model.hidden(upload(tokens, banded.device), attend, places)
             return scored(model, hidden, targets)
 
         losses = size.attempt(forward)
@@ -127,12 +128,12 @@ def _read_together(
             continue
         # Read one block late, so that a GPU never waits for us.
         if pending is not None:
-            yield pending[0], pending[1].cpu().numpy()
+            yield pending[0], pending[1]()
         row, column = np.nonzero(targets != NO_TARGET)
-        pending = np.stack((row, column + first - n_prefix), axis=1), losses
+        pending = np.stack((row, column + first - n_prefix), axis=1), download(losses)
         first += length
     assert pending is not None
-    yield pending[0], pending[1].cpu().numpy()
+    yield pending[0], pending[1]()
 
 
 def _block(
@@ -265,7 +266,7 @@ def recompute_nll(
         tokens, targets = _windows(model.prefix_ids, ids, text, ends[done : done + n], counts[done : done + n])
 
         def forward(tokens: Any = tokens, targets: Any = targets) -> Tensor:
-            hidden = model.hidden(torch.from_numpy(tokens).to(model.embed.weight.device))
+            hidden = model.hidden(upload(tokens, model.embed.weight.device))
             return scored(model, hidden[:, -targets.shape[1] :], targets)
 
         losses = size.attempt(forward)

@@ -14,6 +14,8 @@ from data_factory import make_data
 from test_train import checkpoint, config, record, run_command
 
 from sinkpretrain.attention import causal_attention
+from sinkpretrain.band import KERNELS
+from sinkpretrain.banded import BandedAttention
 from sinkpretrain.cache import Cache
 from sinkpretrain.config import ModelConfig, SinkConfig
 from sinkpretrain.model import GPTNeoX
@@ -85,6 +87,61 @@ def test_streaming_equals_the_cpu(sink: str, window: int, cache: str) -> None:
     assert np.abs(recompute_nll(net, ids[:100], 32) - on_cpu_recompute).max() < 1e-4
     rough = stream_nll(net.bfloat16(), ids, c)
     assert abs(rough.mean() - on_cpu.mean()) < 0.05
+
+
+BAND_SHAPES = [(1, 1, 1), (300, 1320, 1021), (4096, 5116, 1021), (1000, 40, 1021), (1000, 1000, 5000), (7, 1027, 64)]
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(4, 64), (1, 64), (2, 128)])
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "tolerance"),
+    [
+        ("folded", torch.float32, 1e-4),
+        ("folded", torch.bfloat16, 0.05),
+        ("flash", torch.bfloat16, 0.05),
+        ("flex", torch.float32, 0.01),
+        ("flex", torch.bfloat16, 0.05),
+    ],
+)
+def test_band_kernels(kernel: str, dtype: torch.dtype, tolerance: float, heads: int, dim: int) -> None:
+    """Against the definition in fp64, with ALiBi where the kernel has it."""
+    torch.manual_seed(0)
+    slopes = torch.tensor([0.5, 0.1, 0.03, 0.01], device="cuda")
+    for T, S, reach in BAND_SHAPES:
+        q, k, v = (torch.randn(1, h, n, dim, device="cuda").to(dtype) for h, n in ((4, T), (heads, S), (heads, S)))
+        distance = torch.arange(T, device="cuda")[:, None] + S - T - torch.arange(S, device="cuda")
+        for bias in (None,) if kernel == "flash" else (None, slopes):
+            out, lse = KERNELS[kernel](3 * q, k, v, reach, bias)
+            wide = [x.double().repeat_interleave(4 // x.shape[1], dim=1) for x in (3 * q, k, v)]
+            logits = wide[0] @ wide[1].mT * dim**-0.5
+            if bias is not None:
+                logits -= bias.double()[:, None, None] * distance
+            logits.masked_fill_((distance < 0) | (distance >= reach), float("-inf"))
+            want = logits.logsumexp(-1)
+            seen = want > float("-inf")
+            assert torch.equal(lse > float("-inf"), seen), (T, S, reach)
+            assert (lse - want)[seen].abs().max() < tolerance, (T, S, reach)
+            assert (out - logits.softmax(-1).nan_to_num() @ wide[2]).abs().max() < tolerance, (T, S, reach)
+
+
+@pytest.mark.parametrize("kernel", ["flash", "flex", "folded"])
+def test_four_million_tokens_into_a_stream(kernel: str) -> None:
+    """Once a cache is full, a block's states are the same wherever the stream is."""
+    shape = dataclasses.replace(TINY, d_model=128, n_head=2)
+    net = peaked(GPTNeoX(shape, seed=4)).eval().cuda().bfloat16()
+    ids = torch.randint(96, (1, 3000), device="cuda")
+    banded = BandedAttention(net, Cache(4, 1020), kernel=KERNELS[kernel])
+    with torch.inference_mode():
+        net.hidden(ids[:, :2000], banded.block(0, 2000))
+        full = list(banded.layers)
+        early = net.hidden(ids[:, 2000:], banded.block(2000, 1000))
+        banded.layers = full
+        late = net.hidden(ids[:, 2000:], banded.block((4 << 20) + 1, 1000))
+        assert torch.equal(early, late)
+        exact = BandedAttention(net.float(), Cache(4, 1020), kernel=KERNELS["masked"])
+        net.hidden(ids[:, :2000], exact.block(0, 2000))
+        want = net.hidden(ids[:, 2000:], exact.block(2000, 1000))
+    assert (late - want).norm() / want.norm() < 0.03
 
 
 @pytest.mark.parametrize("masked", [False, True])
