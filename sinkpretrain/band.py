@@ -156,4 +156,13 @@ def _alibi(slopes: Tensor, offset: int) -> Any:
 def _flex(device: str) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
+    if device != "cuda":
+        return flex_attention
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # Beyond the limit, torch takes the plain definition in silence, whose logits no memory holds.
+        with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
+            return compiled(*args, **kwargs)
+
+    return call

@@ -92,22 +92,23 @@ def test_streaming_equals_the_cpu(sink: str, window: int, cache: str) -> None:
 BAND_SHAPES = [(1, 1, 1), (300, 1320, 1021), (4096, 5116, 1021), (1000, 40, 1021), (1000, 1000, 5000), (7, 1027, 64)]
 
 
-@pytest.mark.parametrize(("heads", "dim"), [(4, 64), (1, 64), (2, 128)])
 @pytest.mark.parametrize(
-    ("kernel", "dtype", "tolerance"),
+    ("kernel", "heads", "dim", "dtype", "tolerance"),
     [
-        ("folded", torch.float32, 1e-4),
-        ("folded", torch.bfloat16, 0.05),
-        ("flash", torch.bfloat16, 0.05),
-        ("flex", torch.float32, 0.01),
-        ("flex", torch.bfloat16, 0.05),
+        ("folded", 4, 64, torch.float32, 1e-4),
+        ("folded", 1, 64, torch.bfloat16, 0.05),
+        ("flash", 4, 64, torch.bfloat16, 0.05),
+        ("flash", 1, 64, torch.bfloat16, 0.05),
+        ("flash", 2, 128, torch.float16, 0.02),
+        ("flex", 1, 64, torch.bfloat16, 0.05),
+        ("flex", 2, 128, torch.bfloat16, 0.05),
     ],
 )
-def test_band_kernels(kernel: str, dtype: torch.dtype, tolerance: float, heads: int, dim: int) -> None:
+def test_band_kernels(kernel: str, heads: int, dim: int, dtype: torch.dtype, tolerance: float) -> None:
     """Against the definition in fp64, with ALiBi where the kernel has it."""
     torch.manual_seed(0)
     slopes = torch.tensor([0.5, 0.1, 0.03, 0.01], device="cuda")
-    for T, S, reach in BAND_SHAPES:
+    for T, S, reach in BAND_SHAPES[1:2] if kernel == "flex" else BAND_SHAPES:  # each shape is compiled
         q, k, v = (torch.randn(1, h, n, dim, device="cuda").to(dtype) for h, n in ((4, T), (heads, S), (heads, S)))
         distance = torch.arange(T, device="cuda")[:, None] + S - T - torch.arange(S, device="cuda")
         for bias in (None,) if kernel == "flash" else (None, slopes):
@@ -124,7 +125,7 @@ def test_band_kernels(kernel: str, dtype: torch.dtype, tolerance: float, heads: 
             assert (out - logits.softmax(-1).nan_to_num() @ wide[2]).abs().max() < tolerance, (T, S, reach)
 
 
-@pytest.mark.parametrize("kernel", ["flash", "flex", "folded"])
+@pytest.mark.parametrize("kernel", ["flash", "folded"])
 def test_four_million_tokens_into_a_stream(kernel: str) -> None:
     """Once a cache is full, a block's states are the same wherever the stream is."""
     shape = dataclasses.replace(TINY, d_model=128, n_head=2)
