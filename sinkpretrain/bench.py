@@ -138,6 +138,10 @@ class Setting:
     compile: bool
     fused: bool
 
+    def recipe_batch(self, model: str) -> int:
+        """Samples per step as the recipe has them."""
+        return load_yaml(RunConfig, recipe_path(model)).data.batch_size
+
     def config(self, model: str, sink: str, short: bool = False) -> RunConfig:
         """A recipe as a run on random tokens that does nothing but train; ``short`` takes a third of the steps."""
         base = load_yaml(RunConfig, recipe_path(model))
@@ -169,7 +173,7 @@ def ours(config: RunConfig) -> dict[str, Any]:
     """``sinkpretrain train`` itself; the rate is the median over full flushes of its own record."""
     start_clean()
     started = time.perf_counter()
-    with _watching() as (flushes, waits):
+    with watching() as (flushes, waits):
         train(config)
     lines = [line for line in metrics.read(Path(config.out)) if "tokens_per_second" in line]
     # Steps 1, 2, 4, 8 ... keep weights and so flush early: leave out what is shorter than the others.
@@ -183,7 +187,7 @@ def ours(config: RunConfig) -> dict[str, Any]:
         f"ours: {config.name}",
         seconds,
         tokens,
-        _flops(resolve(config, open_data(config.data))),
+        flops_per_token(resolve(config, open_data(config.data))),
         first_flush_seconds=flushes[0] - started,
         waiting_for_data=waited / seconds,
         spread=max(rates) / min(rates) - 1,
@@ -191,7 +195,7 @@ def ours(config: RunConfig) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _watching() -> Iterator[tuple[list[float], list[float]]]:
+def watching() -> Iterator[tuple[list[float], list[float]]]:
     """When the trainer flushed, and for how many seconds it waited for each batch."""
     flushes: list[float] = []
     waits: list[float] = []
@@ -246,7 +250,7 @@ def peer_loop(peer: str, config: RunConfig) -> dict[str, Any]:
     ids, labels = _one_batch(config, ())
     step = bare_step(lambda: loss(ids, labels), net, optimizer)
     seconds, first = seconds_per_step(step, config.training.steps // 2)
-    return figure(peer, seconds, ids.numel(), _flops(config), compile_seconds=first - seconds)
+    return figure(peer, seconds, ids.numel(), flops_per_token(config), compile_seconds=first - seconds)
 
 
 def _one_batch(config: RunConfig, prefix: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -257,7 +261,7 @@ def _one_batch(config: RunConfig, prefix: tuple[int, ...]) -> tuple[Tensor, Tens
     return batch.ids.to(device()), batch.labels.to(device())
 
 
-def _flops(config: RunConfig) -> float:
+def flops_per_token(config: RunConfig) -> float:
     """Of training on one token; counted on a model without weights."""
     with torch.device("meta"):
         return GPTNeoX(config.model, config.sink, seed=None).flops_per_token()

@@ -321,6 +321,7 @@ def demo(argv: Sequence[str]) -> int:
 
 BENCHMARKS = {
     "train": ("sinkpretrain.bench", "bench", "training, beside other implementations"),
+    "scaling": ("sinkpretrain.bench_scaling", "bench_scaling", "training on more and more devices of this host"),
     "stream": ("sinkpretrain.bench_stream", "bench_stream", "a long text, beside the loops that streaming replaces"),
     "decode": ("sinkpretrain.bench_decode", "bench_decode", "one more token: streaming beside re-computation"),
 }
