@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sinkpretrain import __version__
-from sinkpretrain.errors import UserError
+from sinkpretrain.errors import TRY_AGAIN, LostProcessError, UserError
 from sinkpretrain.signals import PROCESS
 
 
@@ -44,12 +44,14 @@ COMMANDS = {
     "bench": Command("sinkpretrain.commands", "bench", "how fast training and decoding are on this machine"),
     "doctor": Command("sinkpretrain.commands", "doctor", "is everything there that a training job needs?"),
     "submit": Command("sinkpretrain.commands", "submit", "a whole experiment, on a Slurm cluster or on this machine"),
+    "supervise": Command("sinkpretrain.supervise", "supervise", "what the job scripts start srun through"),
     "demo": Command("sinkpretrain.commands", "demo", "the whole path in a few minutes, without a network"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 2 a mistake in the input, 128 + n stopped by signal n."""
+    """Run a command; returns the exit code: 0 done, 2 a mistake in the input, 75 other processes were lost,
+    128 + n stopped by signal n."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
@@ -67,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"sinkpretrain {arguments[0]}: {error}", file=sys.stderr)
         return 2
+    except LostProcessError as error:
+        print(f"sinkpretrain {arguments[0]}: {error}", file=sys.stderr)
+        return TRY_AGAIN
     except KeyboardInterrupt:
         print(f"sinkpretrain {arguments[0]}: stopped.", file=sys.stderr)
         return 130

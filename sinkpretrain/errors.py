@@ -8,5 +8,13 @@ class UserError(ValueError):
     """
 
 
+TRY_AGAIN = 75
+"""Exit code of a process that ends for a reason outside of it (EX_TEMPFAIL): the same command may work next time."""
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the run has gone or does not answer. The command line exits with code 75."""
+
+
 class SettingHasNoEffect(UserWarning):
     """A setting was given that changes nothing in this configuration."""

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sinkpretrain import metrics, watchdog
+from sinkpretrain import attempts, metrics, watchdog
 from sinkpretrain.checkpoint import (
     BackgroundWriter,
     checkpoint_path,
@@ -40,7 +40,7 @@ from sinkpretrain.measures import sink_measures
 from sinkpretrain.model import MLP, GPTNeoX
 from sinkpretrain.ops import IGNORED, can_fuse, linear_cross_entropy
 from sinkpretrain.progress import ProgressBar
-from sinkpretrain.ranks import Ranks
+from sinkpretrain.ranks import Ranks, says_lost
 from sinkpretrain.sharding import shard, whole, whole_state
 from sinkpretrain.signals import StopRequest
 from sinkpretrain.slurm import TimeLeft
@@ -245,6 +245,9 @@ class PretrainModule(L.LightningModule):
         self._bar.__enter__()
         self._bar.update(self.global_step)
         self.stopped_by = self.ranks.agree_now(self._stop.signal or 0)
+        if self.trainer.is_global_zero:
+            attempts.begin(self._run)
+        self.ranks.barrier()  # whoever fails from here on finds that it began
         if self.stopped_by:
             self.trainer.should_stop = True  # asked to while it started: everything is on disk already
         elif self.global_step == 0:
@@ -385,6 +388,9 @@ class PretrainModule(L.LightningModule):
         self._note_written()
 
     def on_exception(self, exception: BaseException) -> None:
+        """Called by Ending before anything is taken apart, so before the other processes can notice."""
+        if not says_lost(exception):
+            attempts.end(self._run)
         if self.watchdog is not None:
             self.watchdog.stop()
         if hasattr(self, "_bar"):
@@ -437,3 +443,11 @@ class PretrainModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.samples_seen = checkpoint["samples_seen"]
+
+
+class Ending(L.Callback):
+    """Tells the module of an exception; Lightning tells callbacks only."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        assert isinstance(pl_module, PretrainModule)
+        pl_module.on_exception(exception)

@@ -15,6 +15,16 @@ import torch.distributed as dist
 from sinkpretrain.errors import UserError
 
 
+def says_lost(error: BaseException) -> bool:
+    """Whether an error says that another process has gone or does not answer, rather than that something is wrong here.
+
+    NCCL's and the store's errors have types of their own, gloo's have its source file in the text.
+    """
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
+        return True
+    return isinstance(error, RuntimeError) and "/gloo/" in str(error)
+
+
 class Ranks:
     """The processes of a run. Made by all of them at the same point, once their process group exists.
 

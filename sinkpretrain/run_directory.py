@@ -27,9 +27,6 @@ FREE_IN_TRAINING = (
 """Settings that a resumed run may change: where and how fast it runs, how long, and what is logged. Whether moved data
 are the same data is decided by their hashes."""
 
-FUTILE = 5
-"""Attempts without a step after which a job no longer goes back into the queue."""
-
 NEVER_TO_CHANGE = ("model.", "sink.")
 """Settings that a checkpoint's weights were made for."""
 
@@ -83,12 +80,6 @@ def note_attempt(run: Path, device: str, step: int) -> None:
     about = read_json(run / "run.json")
     attempt = provenance(device) | {"job": slurm.job_id(), "step": step}
     write_json(run / "run.json", about | {"attempts": [*about.get("attempts", []), attempt]})
-
-
-def is_stuck(run: Path, step: int) -> bool:
-    """Whether the last attempts all began at this very step: a job that gets nowhere should not go on for ever."""
-    begun = [attempt.get("step") for attempt in read_json(run / "run.json").get("attempts", [])]
-    return len(begun) >= FUTILE and set(begun[-FUTILE:]) == {step}
 
 
 def _belongs(run: Path, config: RunConfig, tokens: Tokens, allow_changes: bool) -> dict[str, Any] | None:

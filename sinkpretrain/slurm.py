@@ -22,6 +22,12 @@ def job_id() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
+def restarts() -> int:
+    """How often Slurm has started this job again."""
+    said = os.environ.get("SLURM_RESTART_COUNT", "")
+    return int(said) if said.isdigit() else 0
+
+
 def requeue(job: str) -> str | None:
     """Put the job back into the queue; returns why that did not work, None if it did."""
     answer, problem = _scontrol("requeue", job)

@@ -27,17 +27,18 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from sinkpretrain import metrics, sinks, slurm
+from sinkpretrain import attempts, metrics, sinks, slurm
 from sinkpretrain.checkpoint import AtomicCheckpointIO, BackgroundWriter, newest_checkpoint
 from sinkpretrain.config import RunConfig, to_dict
 from sinkpretrain.data import Batch, Samples, Stream, Tokens, open_data, spot_check, training_order
-from sinkpretrain.errors import SettingHasNoEffect, UserError
+from sinkpretrain.errors import LostProcessError, SettingHasNoEffect, UserError
 from sinkpretrain.files import read_json, sha256_file
-from sinkpretrain.lit import PretrainModule
+from sinkpretrain.lit import Ending, PretrainModule
 from sinkpretrain.load import step_of
 from sinkpretrain.model import GPTNeoX
 from sinkpretrain.provenance import source_hash, versions
-from sinkpretrain.run_directory import claim, is_stuck, note_attempt
+from sinkpretrain.ranks import says_lost
+from sinkpretrain.run_directory import claim, note_attempt
 from sinkpretrain.sharding import ShardedStrategy
 from sinkpretrain.signals import StopRequest
 
@@ -71,6 +72,7 @@ def train(config: RunConfig, allow_changes: bool = False, stop: StopRequest | No
 
     Raises:
         UserError: the configuration, the data and the run directory do not go together, or the disk is full.
+        LostProcessError: another process of the run has gone; what the last checkpoint holds is not lost.
     """
     stop = stop or StopRequest()
     mine = not stop.installed
@@ -78,6 +80,13 @@ def train(config: RunConfig, allow_changes: bool = False, stop: StopRequest | No
         stop.install()
     try:
         return _train(config, allow_changes, stop)
+    except RuntimeError as error:
+        if not says_lost(error):
+            raise
+        raise LostProcessError(
+            f"rank {_rank()} has lost the connection to another process ({' '.join(str(error).split())[:200]}); the "
+            "same command goes on from the last checkpoint."
+        ) from error
     finally:
         if mine:
             stop.uninstall()
@@ -96,6 +105,7 @@ def _train(config: RunConfig, allow_changes: bool, stop: StopRequest) -> TrainRe
             print(f"{run} is finished: {done:,} steps. Raise training.steps to go on.")
             return TrainResult(run, done, finished=True)
         if _rank() == 0:
+            attempts.end(run)  # one that was lost
             note_attempt(run, accelerator(config), done)
             metrics.truncate(run, done if checkpoint else -1)
             start = f"resuming at step {done:,}" if checkpoint else "training"
@@ -118,8 +128,8 @@ def _leave(run: Path, config: RunConfig, module: PretrainModule, trainer: L.Trai
             print(f"stopped after step {step:,} of {config.training.steps:,}; the same command goes on from there.")
         for line in _after_words(run, config):
             print(line)
-        if module.stopped_by == signal.SIGUSR1:
-            _requeue(run, step)
+        if module.stopped_by != signal.SIGUSR1 or _requeue(run, step):
+            attempts.end(run)
         sys.stdout.flush()
     # srun ends a step when one of its processes fails: nobody may leave while rank 0 is still writing.
     module.ranks.barrier()
@@ -134,12 +144,15 @@ def _environment(trainer: L.Trainer) -> Any:
     return getattr(trainer.strategy, "cluster_environment", None)
 
 
-def _requeue(run: Path, step: int) -> None:
+def _requeue(run: Path, step: int) -> bool:
+    """Returns whether it is settled what becomes of the job; if not, ``supervise`` tries where the job script runs."""
     job = slurm.job_id()
     if job is None:
-        return
-    problem = "its last attempts made no step" if is_stuck(run, step) else slurm.requeue(job)
+        return True
+    stuck = attempts.is_stuck(run, step)
+    problem = "its last attempts made no step" if stuck else slurm.requeue(job)
     print(f"job {job} does not go back into the queue: {problem}." if problem else f"job {job} is back in the queue.")
+    return stuck or problem is None
 
 
 def _after_words(run: Path, config: RunConfig) -> list[str]:
@@ -324,6 +337,7 @@ def build(
         max_steps=config.training.steps,
         max_epochs=-1,
         logger=_wandb(config) if config.log.wandb != "off" else False,
+        callbacks=[Ending()],
         plugins=_plugins(writer, copies=kind == "cuda"),
         deterministic=config.training.deterministic,
         default_root_dir=config.out,

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
 
-EXIT_CODE = 75
-"""Exit code of a run that was ended because it stood still (EX_TEMPFAIL: the same command may work next time)."""
+from sinkpretrain.errors import TRY_AGAIN
 
 ANSWER_SECONDS = 10.0
 BEATS_PER_TIMEOUT = 10
@@ -143,7 +142,7 @@ def diagnosis(me: int, beats: list[Beat], timeout: float, silence: float) -> str
 
 def _leave(sentence: str) -> None:
     print(f"sinkpretrain train: {sentence}", file=sys.stderr, flush=True)
-    os._exit(EXIT_CODE)
+    os._exit(TRY_AGAIN)
 
 
 def connect(rank: int, size: int, timeout: float) -> Watchdog | None:

@@ -101,7 +101,7 @@ class Cluster:
                 rank = re.search(r"SLURM_PROCID=(\d+)", (folder / "environ").read_bytes().decode(errors="replace"))
             except OSError:
                 continue
-            if rank and "python" in words[0] and any(text in w for w in words):
+            if rank and "python" in words[0] and "supervise" not in words and any(text in w for w in words):
                 found.append((int(rank.group(1)), int(folder.name)))
         return [pid for _, pid in sorted(found)]
 

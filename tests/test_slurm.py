@@ -222,12 +222,16 @@ def test_doctor_meets_all_processes(cluster: Cluster, jobs: dict[str, Train]) ->
     assert not train.run.exists()
 
 
-def test_a_stalled_rank_is_named(cluster: Cluster, jobs: dict[str, Train]) -> None:
+def test_a_stalled_rank_is_named_and_the_job_goes_on(cluster: Cluster, jobs: dict[str, Train]) -> None:
     train = jobs["stalled"]
     train.wait_steps(20)
+    before, attempts = train.step(), len(train.attempts())
     kill(cluster.processes(str(train.run))[1], signal.SIGSTOP)
-    assert cluster.wait_end(train.job) == "FAILED"
-    assert "rank 0 has made no step for 6 s: rank 1 on node2 has not been heard from" in train.log.read_text()
+    train.wait_restart("a process stands still", before, attempts)
+    cluster.call("scancel", train.job)
+    text = train.log.read_text()
+    assert "rank 0 has made no step for 6 s: rank 1 on node2 has not been heard from" in text
+    assert re.search(rf"processes of job {train.job} were lost .* it goes back into the queue", text)
 
 
 def test_a_run_stops_before_its_time_limit(cluster: Cluster, jobs: dict[str, Train]) -> None:
@@ -305,19 +309,23 @@ def test_one_run_survives_everything(cluster: Cluster, work: Path, undisturbed: 
     fault("preemption with grace", lambda: _preempt(cluster, train))
     fault("newest checkpoint cut in half", lambda: _cut(cluster, train), steps=CHECKPOINT_EVERY + 20)
 
-    # A killed process fails the job: the next attempt, which waits for that, goes on. In a partition without grace.
+    fault("kill -9 of one of two processes", lambda: kill(cluster.processes(str(train.run))[1]))
+    fault("kill -9 of the first process", lambda: kill(cluster.processes(str(train.run))[0]))
+
+    # SIGTERM ends the job for good: the next attempt, which waits for that, goes on. In a partition without grace.
     first = train.job
     options = (*NODES, "--partition=low", f"--dependency=afterany:{first}", "--kill-on-invalid-dep=yes")
     second = train.send(options=options)
 
-    def kill_one() -> None:
-        kill(cluster.processes(str(train.run))[1])
+    def end_first() -> None:
+        cluster.call("scancel", "--signal=TERM", first)
         train.job = second
 
-    fault("kill -9 of one of two processes", kill_one)
+    fault("TERM, and the next of the attempts", end_first)
     assert cluster.state(first) == "FAILED"
     fault("preemption without grace", lambda: _preempt(cluster, train))
-    fault("a node's power cut", lambda: (cluster.mini("kill-node", "2"), _return(cluster)))
+    fault("a node's power cut", lambda: _power_cut(cluster, 2))
+    fault("power cut of the node with the job script", lambda: _power_cut(cluster, 1))
     assert cluster.wait_end(train.job) == "COMPLETED", train.log.read_text()
 
     assert same(train.run, undisturbed, STEPS)
@@ -328,7 +336,7 @@ def test_one_run_survives_everything(cluster: Cluster, work: Path, undisturbed: 
 
 
 def _violent(fault: str) -> bool:
-    return fault.startswith(("newest", "kill", "preemption without", "a node"))
+    return fault.startswith(("newest", "kill", "preemption without", "a node", "power"))
 
 
 def _signals(cluster: Cluster, train: Train, *names: str) -> None:
@@ -338,19 +346,8 @@ def _signals(cluster: Cluster, train: Train, *names: str) -> None:
 
 def _preempt(cluster: Cluster, train: Train) -> None:
     """A job of a partition that goes first needs both nodes for a moment."""
-    high = (
-        cluster.sbatch("/dev/stdin")
-        if False
-        else cluster.call(
-            "sbatch",
-            "--parsable",
-            "--partition=high",
-            "--nodes=2",
-            "--exclusive",
-            "--output=/dev/null",
-            "--wrap=sleep 1",
-        )
-    )
+    options = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
+    high = cluster.call("sbatch", "--parsable", *options, "--wrap=sleep 1")
     assert cluster.wait_end(high) == "COMPLETED"
 
 
@@ -363,8 +360,9 @@ def _cut(cluster: Cluster, train: Train) -> None:
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
 
 
-def _return(cluster: Cluster) -> None:
-    cluster.wait(
-        lambda: "" if "down" in cluster.call("sinfo", "-h", "-n", "node2", "-o", "%T") else None, "node2 to be down"
-    )
-    cluster.mini("start-node", "2")
+def _power_cut(cluster: Cluster, node: int) -> None:
+    """Everything on a node is gone at once; it comes back when Slurm has noticed."""
+    cluster.mini("kill-node", str(node))
+    down = ("sinfo", "-h", "-n", f"node{node}", "-o", "%T")
+    cluster.wait(lambda: "" if "down" in cluster.call(*down) else None, f"node{node} to be down")
+    cluster.mini("start-node", str(node))
