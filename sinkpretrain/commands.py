@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import difflib
 import importlib
 import json
+import os
 import re
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import jsonargparse
 
@@ -205,7 +208,19 @@ def train(argv: Sequence[str]) -> int:
     from sinkpretrain.train import train as run
 
     result = run(config, allow_changes, PROCESS)
-    return 0 if result.signal is None else 128 + result.signal
+    code = 0 if result.signal is None else 128 + result.signal
+    if result.processes > 1:
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process without taking Python apart, where threads of gloo may still abort it: all the work is done, and
+    its exit code decides what becomes of the job."""
+    atexit._run_exitfuncs()  # wandb's, for one
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def stream(argv: Sequence[str]) -> int:

@@ -92,8 +92,8 @@ def _put_back(flags: list[str], code: int) -> None:
     if attempts.is_stuck(run, step):
         _say(f"{lost}; it does not go back into the queue: its last {attempts.FUTILE} attempts made no step.")
         return
-    answer = slurm.show(job) or ""
-    if f" Restarts={slurm.restarts()} " not in answer or " JobState=RUNNING " not in answer:
+    answer = slurm.show(job)
+    if answer and not (" JobState=RUNNING " in answer and f" Restarts={slurm.restarts()} " in answer):
         _say(f"{lost}; Slurm has already decided what becomes of it.")
         return
     _say(f"{lost}; it goes back into the queue and on from step {step:,}.")

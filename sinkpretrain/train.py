@@ -54,12 +54,14 @@ class TrainResult:
     step: optimizer steps behind the run's weights.
     finished: whether that is all of them.
     signal: the signal that asked to stop, if one did.
+    processes: how many trained it together; 1 if there was nothing to train.
     """
 
     run: Path
     step: int
     finished: bool
     signal: int | None = None
+    processes: int = 1
 
 
 def train(config: RunConfig, allow_changes: bool = False, stop: StopRequest | None = None) -> TrainResult:
@@ -137,7 +139,7 @@ def _leave(run: Path, config: RunConfig, module: PretrainModule, trainer: L.Trai
         dist.destroy_process_group()  # while Python is whole: threads of gloo that outlive it abort the process
     # The first process launched the others by itself, and would be killed if one of them ended with a code.
     helper = isinstance(_environment(trainer), LightningEnvironment) and not trainer.is_global_zero
-    return TrainResult(run, step, finished, None if helper else module.stopped_by or None)
+    return TrainResult(run, step, finished, None if helper else module.stopped_by or None, module.ranks.size)
 
 
 def _environment(trainer: L.Trainer) -> Any:

@@ -1,0 +1,109 @@
+"""What processes leave behind when they end: a reason, or none because they were lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from data_factory import make_data
+from test_train import config
+
+from sinkpretrain import attempts, metrics
+from sinkpretrain.config import save_yaml
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("attempts") / "data")
+
+
+def start_two(data: Path, folder: Path, code: str = "") -> list[subprocess.Popen[str]]:
+    """Two processes of one run, started as a cluster would: neither is the other's parent."""
+    save_yaml(config(data, folder / "run", steps=100_000, devices=2), folder / "recipe.yaml")
+    script = folder / "main.py"
+    script.write_text(f"import sys; from sinkpretrain.cli import main\n{code}\nsys.exit(main())\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(script), "train", "--config", str(folder / "recipe.yaml")],
+            env=os.environ
+            | place
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
+            | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "7"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
+    return [p.communicate(timeout=240)[0] for p in processes]
+
+
+def wait_steps(run: Path, processes: list[subprocess.Popen[str]]) -> None:
+    while not any(x["step"] > 8 for x in metrics.read(run)):
+        assert all(p.poll() is None for p in processes), finish(processes)
+        time.sleep(0.1)
+
+
+def test_a_killed_process_leaves_no_reason(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    run, processes = tmp_path / "run", start_two(data, tmp_path)
+    wait_steps(run, processes)
+    assert attempts.was_lost(run)  # nothing is explained as yet
+    processes[1].send_signal(signal.SIGKILL)
+    survivor = finish(processes)[0]
+    assert "sinkpretrain train: rank 0 has lost the connection to another process" in survivor
+    assert "the same command goes on from the last checkpoint" in survivor
+    assert "Traceback" not in survivor
+    assert processes[0].returncode == 75
+    assert attempts.was_lost(run)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert not attempts.was_lost(run)  # that was another attempt
+
+
+@pytest.mark.parametrize("end", ["an error of one process", "SIGTERM"])
+def test_a_reason_is_given_by_whoever_has_it(end: str, data: Path, tmp_path: Path) -> None:
+    """One process fails by itself; the other only sees it go. Or both were asked to stop."""
+    code = (
+        "from sinkpretrain import lit\n"
+        "step = lit.PretrainModule.training_step\n"
+        "def fail(self, *a):\n"
+        "    if self.global_step == 9 and self.trainer.global_rank == 1: raise RuntimeError('a mistake')\n"
+        "    return step(self, *a)\n"
+        "lit.PretrainModule.training_step = fail\n"
+    )
+    run, processes = tmp_path / "run", start_two(data, tmp_path, code if end != "SIGTERM" else "")
+    if end == "SIGTERM":
+        wait_steps(run, processes)
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+    outputs = finish(processes)
+    if end == "SIGTERM":
+        assert [p.returncode for p in processes] == [143, 143], outputs
+    else:
+        assert "a mistake" in outputs[1]
+        assert "has lost the connection" in outputs[0]
+        assert 0 not in [p.returncode for p in processes]
+    assert (run / "config.yaml").is_file()
+    assert not (run / attempts.OPEN).exists()
+
+
+def test_outside_of_slurm_nothing_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    attempts.begin(tmp_path)
+    assert list(tmp_path.iterdir()) == []
