@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -30,7 +31,12 @@ def restarts() -> int:
 
 def requeue(job: str) -> str | None:
     """Put the job back into the queue; returns why that did not work, None if it did."""
-    answer, problem = _scontrol("requeue", job)
+    # First of all Slurm ends the job's processes, the one that asks included: it must live to hear the answer.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        answer, problem = _scontrol("requeue", job)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return problem if answer is None else None
 
 

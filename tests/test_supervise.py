@@ -140,6 +140,15 @@ def test_without_scontrol_it_is_said(job: Job, monkeypatch: pytest.MonkeyPatch, 
     assert "job 7 does not go back into the queue: slurm_load_jobs error: timed out." in error
 
 
+def test_asking_survives_what_it_brings_about(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
+    """Slurm ends the job, scontrol included, before scontrol has its answer."""
+    script = job.folder / "bin" / "scontrol"
+    script.write_text(script.read_text().replace("echo", "kill -TERM $$; echo"))
+    main(job.words("exit 75"))
+    assert job.requeued == ["7"]
+    assert "does not go back" not in capfd.readouterr().err
+
+
 def test_signals_reach_the_step_and_termination_is_final(job: Job) -> None:
     """In a process of its own, and blocked until it listens, as in the job scripts."""
     step = "trap 'exit 41' TERM; trap 'exit 42' USR1; sleep 60 & wait"
