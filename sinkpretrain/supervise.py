@@ -28,9 +28,9 @@ lost: killed, gone with their node, or standing still. docs/cluster.md has the r
 def supervise(argv: Sequence[str]) -> int:
     """Run a command line that holds ``sinkpretrain train FLAGS``; returns its exit code."""
     words = list(argv)
-    if not words or words[0] in ("-h", "--help"):
+    if words[:1] in (["-h"], ["--help"]):
         print(USAGE)
-        return 0 if words else 2
+        raise SystemExit(0)
     flags = train_flags(words)
     code, ended_from_outside = run_step(words)
     # Who ends the job (scancel, pre-emption, the time limit) also decides whether it comes back.
