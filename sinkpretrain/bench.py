@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -124,6 +124,11 @@ def _cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def device_precision() -> Literal["bf16-mixed", "32-true"]:
+    """What one trains in on this machine."""
+    return "bf16-mixed" if _cuda() else "32-true"
+
+
 # --- what is measured ---------------------------------------------------------------------------------------------
 
 
@@ -161,7 +166,7 @@ class Setting:
                 devices=1,
                 compile=self.compile,
                 fused=self.fused,
-                precision="bf16-mixed" if _cuda() else "32-true",
+                precision=device_precision(),
             ),
             log=LogConfig(
                 every=FLUSH, validate_every=0, probe_every=0, checkpoint_every=0, weights_every=0, progress=False

@@ -337,6 +337,7 @@ def demo(argv: Sequence[str]) -> int:
 BENCHMARKS = {
     "train": ("sinkpretrain.bench", "bench", "training, beside other implementations"),
     "scaling": ("sinkpretrain.bench_scaling", "bench_scaling", "training on more and more devices of this host"),
+    "curves": ("sinkpretrain.bench_curves", "bench_curves", "do fast and plain training have the same loss curves?"),
     "stream": ("sinkpretrain.bench_stream", "bench_stream", "a long text, beside the loops that streaming replaces"),
     "decode": ("sinkpretrain.bench_decode", "bench_decode", "one more token: streaming beside re-computation"),
 }

@@ -252,3 +252,13 @@ def test_fused_trunk_rounds_no_worse_than_autocast(mechanism: SinkConfig, compil
     for name, e, p, f in zip(["hidden", *parameters], exact, plain, fused, strict=True):
         allowed = 1.5 * (p - e).norm() + 1e-3 * e.norm()
         assert (f - e).norm() < allowed, name
+
+
+def test_300_steps_of_the_fast_paths_follow_the_plain_one(tmp_path: Path) -> None:
+    """bf16 autocast throughout; fused, compiled and in two passes. 1 % of a mean loss is what `bench curves` allows."""
+    from sinkpretrain.bench_curves import compare_paths
+
+    base = config(make_data(tmp_path / "data"), tmp_path / "run", accelerator="cuda", precision="bf16-mixed", steps=300)
+    base = dataclasses.replace(base, model=dataclasses.replace(base.model, d_model=128))
+    report = compare_paths(base, tolerance=0.01)
+    assert report["agree"], report["largest_difference"]
