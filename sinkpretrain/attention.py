@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from sinkpretrain import flash4
 from sinkpretrain.mechanism import Column, Mechanism, Weigh
 
 aten = torch.ops.aten
@@ -60,6 +61,9 @@ def causal_attention(
             plain causal attention.
     """
     if column is None:
+        if visible is None and flash4.takes(q_BHTD, k_BHTD):
+            plain: Tensor = flash4.CausalAttention.apply(q_BHTD, k_BHTD, v_BHTD)  # type: ignore[no-untyped-call]
+            return plain
         return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, attn_mask=visible, is_causal=visible is None)
     if q_BHTD.device.type == "cuda" and q_BHTD.dtype not in (torch.bfloat16, torch.float16):
         return _eager_column(q_BHTD, k_BHTD, v_BHTD, column, visible)
@@ -175,6 +179,8 @@ def _prefers_cudnn(device: torch.device) -> bool:
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Attention that is causal or under a bias: output, logsumexp [B, H, T], and what the same device's backward wants
     besides."""
+    if bias is None and flash4.takes(q, k):
+        return *flash4.flash4_forward(q, k, v), ()
     if q.device.type != "cuda":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, bias is None, attn_mask=bias)
         return out, lse, ()
@@ -199,7 +205,9 @@ def _flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, bias = inputs
     T, S = q.shape[2], k.shape[2]
-    if q.device.type != "cuda":
+    if bias is None and flash4.takes(q, k):
+        grads = flash4.flash4_backward(d_out, q, k, v, out, lse)
+    elif q.device.type != "cuda":
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             d_out.contiguous(), q, k, v, out, lse, 0.0, bias is None, attn_mask=bias
         )

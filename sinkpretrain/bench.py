@@ -230,6 +230,7 @@ def bare_loop(config: RunConfig, kernels: bool = False) -> dict[str, Any]:
     start_clean()
     config = resolve(config, open_data(config.data))
     module = PretrainModule(config).to(device())
+    module.prepare_kernels(device())
     ids, labels = _one_batch(config, module.model.prefix_ids)
     step = bare_step(lambda: module.loss(ids, labels), module.model, module.configure_optimizers())
     seconds, first = seconds_per_step(step, config.training.steps)

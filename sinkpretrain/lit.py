@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sinkpretrain import attempts, metrics, watchdog
+from sinkpretrain import attempts, flash4, metrics, watchdog
 from sinkpretrain.checkpoint import (
     BackgroundWriter,
     checkpoint_path,
@@ -148,6 +148,12 @@ class PretrainModule(L.LightningModule):
             block.forward = self._maybe_compiled(block.forward)
         self._hidden, self._hidden_in_documents = self.model.hidden, self._mask_documents
 
+    def prepare_kernels(self, device: torch.device) -> None:
+        """Let optional kernels show that they are right, before a graph is made of what they are used in."""
+        flash4.distrust()
+        if self._fused and self.config.training.precision.startswith("bf16"):
+            flash4.prepare(device, torch.bfloat16, self.config.model.head_dim)
+
     # --- one step -------------------------------------------------------------------------------------------------
 
     def loss(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
@@ -233,6 +239,7 @@ class PretrainModule(L.LightningModule):
             self.watchdog.at(self.global_step, doing)
 
     def on_train_start(self) -> None:
+        self.prepare_kernels(self.device)
         self._clock, self._clock_step = time.perf_counter(), self.global_step
         self._started = time.perf_counter()
         self._guard = Guard(self.config.training.max_skipped, self._samples_of)

@@ -44,7 +44,7 @@ def device_name(device: torch.device) -> str:
 def versions() -> dict[str, str]:
     """Versions of this package, of Python and of the libraries that numbers depend on."""
     found = {"sinkpretrain": __version__, "python": platform.python_version()}
-    for name in ("torch", "lightning", "transformers", "tokenizers", "numpy"):
+    for name in ("torch", "lightning", "transformers", "tokenizers", "numpy", "flash-attn-4"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
