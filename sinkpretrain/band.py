@@ -50,11 +50,10 @@ def folded(q: Tensor, k: Tensor, v: Tensor, reach: int, slopes: Tensor | None) -
     n = -(-T // FOLD)
     width = FOLD + reach - 1
     # Queries are padded in front to whole windows, keys to the first window's first key; what lies before it is unseen.
-    q = F.pad(q, (0, 0, n * FOLD - T, 0))
+    q = _padded(q, n * FOLD - T)
     front = n * FOLD + reach - 1 - S
     k, v = (
-        F.pad(spread_heads(x, H), (0, 0, front, 0)).unfold(2, width, FOLD).permute(0, 2, 1, 4, 3).flatten(0, 1)
-        for x in (k, v)
+        _padded(spread_heads(x, H), front).unfold(2, width, FOLD).permute(0, 2, 1, 4, 3).flatten(0, 1) for x in (k, v)
     )
     i, j = torch.arange(FOLD, device=q.device), torch.arange(width, device=q.device)
     bias = band_bias(i[:, None] + reach - 1 - j, slopes, reach)  # [FOLD, width] or [H, FOLD, width]
@@ -76,8 +75,14 @@ def flash(q: Tensor, k: Tensor, v: Tensor, reach: int, slopes: Tensor | None) ->
         *(x.transpose(1, 2) for x in (q, k, v)), None, None, T, S, 0.0, True, False,
         window_size_left=min(reach - 1, S), window_size_right=0,
     )  # fmt: skip
-    # Of a query that sees nothing the kernel says +inf.
-    return out.transpose(1, 2), torch.where(lse == float("inf"), float("-inf"), lse)
+    if T > S:  # of a query that sees nothing the kernel says +inf
+        lse = torch.where(lse == float("inf"), float("-inf"), lse)
+    return out.transpose(1, 2), lse
+
+
+def _padded(x_BHSD: Tensor, front: int) -> Tensor:
+    """With so many rows in front, or so many fewer; torch's own padding copies even for none."""
+    return F.pad(x_BHSD, (0, 0, front, 0)) if front else x_BHSD
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, reach: int, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -90,7 +95,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, reach: int, slopes: Tensor | None) -> 
     mask = _block_mask(rows, width, min(reach, width), width - S, q.device)
     score = None if slopes is None else _alibi(slopes, width - rows)
     out, aux = _flex(q.device.type)(
-        F.pad(q, (0, 0, rows - T, 0)), *(F.pad(x, (0, 0, width - S, 0)) for x in (k, v)),
+        _padded(q, rows - T), _padded(k, width - S), _padded(v, width - S),
         score_mod=score, block_mask=mask, enable_gqa=k.shape[1] != q.shape[1], return_aux=_want_lse(),
     )  # fmt: skip
     return out[:, :, rows - T :], aux.lse[:, :, rows - T :]

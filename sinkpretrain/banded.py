@@ -94,6 +94,9 @@ class BandedAttention:
         start_S = torch.arange(min(x, first + length), device=device)
         rope_band_q = model.rope(torch.arange(first - low, first - low + length, device=device))
         rope_band_k, rope_place_q, rope_start_k = model.rope(band_S), model.rope(place_T), model.rope(start_S[first:])
+        # Where all queries stand at one slot, the few keys are turned towards it instead of the many queries.
+        settled = self.positions == "in-cache" and first >= self.cache.size
+        rope_back = model.rope(torch.tensor([-self.cache.size], device=device)) if settled else None
         band = Band(self, first, length, low)
         start = {window: Seen.of(model, window, place_T[:, None], start_S) for window in set(model.windows)}
         seen_T = {window: start[window].visible.sum(-1) + band.count(window) for window in set(model.windows)}
@@ -102,15 +105,18 @@ class BandedAttention:
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> Tensor:
             old = self.layers[layer] or LayerCache.empty(k)
-            start_k = torch.cat((old.start_k, rotate(k[:, :, :n_new], *rope_start_k)), dim=2)
-            start_v = torch.cat((old.start_v, v[:, :, :n_new]), dim=2)
+            start_k, start_v = old.start_k, old.start_v
+            if n_new:
+                start_k = torch.cat((start_k, rotate(k[:, :, :n_new], *rope_start_k)), dim=2)
+                start_v = torch.cat((start_v, v[:, :, :n_new]), dim=2)
             band_k = torch.cat((old.band_k, k[:, :, n_new:]), dim=2)
             band_v = torch.cat((old.band_v, v[:, :, n_new:]), dim=2)
             keep = max(0, band_k.shape[2] - y)
             self.layers[layer] = LayerCache(start_k, start_v, band_k[:, :, keep:].clone(), band_v[:, :, keep:].clone())
             window, has_column = model.windows[layer], sink.adds_column and not self.drop_column
             q_band, band_k = turn(q, *rope_band_q), turn(band_k, *rope_band_k)
-            q_place = turn(q, *rope_place_q) if has_column or sink.weigher or start_k.shape[2] else None
+            towards = start_k.shape[2] and rope_back is None
+            q_place = turn(q, *rope_place_q) if has_column or sink.weigher or towards else None
             if sink.weigher is not None:
                 assert q_place is not None
                 begin = Keys(q_place, start_k, start_v)
@@ -120,7 +126,8 @@ class BandedAttention:
             else:
                 out, lse = torch.zeros_like(q), torch.full(q.shape[:3], float("-inf"), device=device)
             if start_k.shape[2]:
-                out, lse = merge(out, lse, q_place, start_k, start_v, start[window].bias)
+                begin_q, begin_k = (q_place, start_k) if rope_back is None else (q, rotate(start_k, *rope_back))
+                out, lse = merge(out, lse, begin_q, begin_k, start_v, start[window].bias)
             return merge_column(
                 out, lse, sink.column(q_place, seen_T[window]) if has_column and q_place is not None else None
             )

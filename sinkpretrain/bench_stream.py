@@ -215,13 +215,14 @@ class Bench:
         once(ids[: min(len(ids), 2 * max(block, cache.size) + 7)])
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), time.process_time()
         nll = once(ids)
-        seconds = time.perf_counter() - started
+        seconds, busy = time.perf_counter() - started, time.process_time() - busy
         rate = len(ids) / seconds
         return {
             "tokens": len(ids),
             "seconds": round(seconds, 3),
+            "cpu_seconds": round(busy, 3),
             "tokens_per_second": round(rate, 1),
             "model_flops_per_second": round(rate * flops_per_token(model, cache)),
             "first_seconds": round(started - begun, 1),
@@ -265,14 +266,15 @@ class Bench:
     def token_loop(self, model: LanguageModel, ids: Any, speed: float) -> dict[str, Any]:
         """``--strategy token-loop`` once its cache is full."""
         size, count = self.cache.size, self.loop
-        clock: list[float] = []
+        clock: list[tuple[float, float]] = []
 
         def tick(done: int) -> None:
             if done in (size, size + count):
-                clock.append(time.perf_counter())
+                clock.append((time.perf_counter(), time.process_time()))
 
         token_loop_nll(model, ids[: size + count + 2], self.cache, advance=tick)
-        return _ratio(count, clock[1] - clock[0], speed)
+        (begun, idle), (ended, busy) = clock
+        return _ratio(count, ended - begun, speed) | {"cpu_seconds": round(busy - idle, 3)}
 
     @torch.inference_mode()
     def reference_loop(self, speed: float) -> dict[str, Any]:
