@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -25,10 +26,13 @@ from test_train import same
 from sinkpretrain import metrics
 from sinkpretrain.checkpoint import newest_checkpoint
 from sinkpretrain.load import step_of
-
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
+from sinkpretrain.provenance import provenance
 
 THOROUGH = int(os.environ.get("SINKPRETRAIN_FAULTS", "0"))
+RECORD = ROOT / "results" / "faults" / "slurm.jsonl"
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(7200 if THOROUGH else 1800)]
+
 SIGNALS_SENT = THOROUGH or 3
 STEPS = 700 + 100 * SIGNALS_SENT
 CHECKPOINT_EVERY = 50
@@ -39,6 +43,9 @@ def cluster() -> Iterator[Cluster]:
     if missing_programs() and not os.environ.get("CI"):
         pytest.skip(f"not installed: {', '.join(missing_programs())}")
     cluster = Cluster(Path(f"/tmp/ms-{os.getpid()}/c"))
+    if THOROUGH:
+        RECORD.parent.mkdir(exist_ok=True)
+        RECORD.write_text(json.dumps(provenance("cpu") | {"cores": os.cpu_count()}) + "\n")
     cluster.folder.parent.mkdir(mode=0o755)
     cluster.mount_full_disk()  # before the nodes' name spaces are made
     try:
@@ -47,6 +54,7 @@ def cluster() -> Iterator[Cluster]:
     finally:
         cluster.mini("stop")
         cluster.call("umount", str(cluster.full))
+        shutil.rmtree(cluster.folder.parent)
 
 
 @pytest.fixture(scope="session")
@@ -135,9 +143,7 @@ class Train:
         fault = {"fault": name, "at": before, "resumed_at": at, "lost": max(0, before - at)}
         self.faults.append(fault)
         if THOROUGH:
-            path = ROOT / "results" / "faults" / "slurm.jsonl"
-            path.parent.mkdir(exist_ok=True)
-            with path.open("a") as file:
+            with RECORD.open("a") as file:
                 file.write(json.dumps(fault) + "\n")
 
 
