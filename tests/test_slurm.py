@@ -201,6 +201,10 @@ def test_an_evaluation_never_starts_on_a_half_trained_model(cluster: Cluster, jo
     train = jobs["half"]
     after = (f"--dependency=afterok:{train.job}", "--kill-on-invalid-dep=yes", "--output=/dev/null", *ONE)
     evaluation = cluster.sbatch(ROOT / "slurm" / "eval.sbatch", "stream", str(train.run), options=after)
+    train.wait_steps(CHECKPOINT_EVERY + 20)
+    before = train.step()
+    kill(cluster.processes(str(train.run))[0])
+    train.wait_restart("kill -9 of the only process", before, 1)
     train.wait_steps(20)
     cluster.call("scancel", "--signal=TERM", train.job)
     assert cluster.wait_end(train.job) == "FAILED"
@@ -298,6 +302,13 @@ def test_an_array_of_variants_is_compared(cluster: Cluster, work: Path, jobs: di
 
 def test_one_run_survives_everything(cluster: Cluster, work: Path, undisturbed: Path) -> None:
     train = Train.submit(cluster, work, "disturbed", options=(*NODES, "--partition=main"))
+    # What waits for its end, and must not take going back into the queue for one: a second attempt (in a partition
+    # without grace), and what needs a finished model.
+    first = train.job
+    waits = "--kill-on-invalid-dep=yes"
+    second = train.send(options=(*NODES, "--partition=low", f"--dependency=afterany:{first}", waits))
+    finished = (f"--dependency=afterok:{second}", waits, "--output=/dev/null", "--wrap=true")
+    evaluation = cluster.call("sbatch", "--parsable", *finished)
     chance = random.Random(7)
 
     def fault(name: str, strike: object, steps: int = 15) -> None:
@@ -318,10 +329,8 @@ def test_one_run_survives_everything(cluster: Cluster, work: Path, undisturbed: 
     fault("kill -9 of one of two processes", lambda: kill(cluster.processes(str(train.run))[1]))
     fault("kill -9 of the first process", lambda: kill(cluster.processes(str(train.run))[0]))
 
-    # SIGTERM ends the job for good: the next attempt, which waits for that, goes on. In a partition without grace.
-    first = train.job
-    options = (*NODES, "--partition=low", f"--dependency=afterany:{first}", "--kill-on-invalid-dep=yes")
-    second = train.send(options=options)
+    # SIGTERM ends the job for good: the next attempt goes on.
+    assert cluster.state(second) == "PENDING"
 
     def end_first() -> None:
         cluster.call("scancel", "--signal=TERM", first)
@@ -333,6 +342,8 @@ def test_one_run_survives_everything(cluster: Cluster, work: Path, undisturbed: 
     fault("a node's power cut", lambda: _power_cut(cluster, 2))
     fault("power cut of the node with the job script", lambda: _power_cut(cluster, 1))
     assert cluster.wait_end(train.job) == "COMPLETED", train.log.read_text()
+    assert cluster.wait_end(evaluation) == "COMPLETED"
+    assert cluster.job(evaluation)["StartTime"] >= cluster.job(second)["EndTime"]
 
     assert same(train.run, undisturbed, STEPS)
     graceful = [f for f in train.faults if not _violent(str(f["fault"]))]
