@@ -33,8 +33,8 @@ RECORD = ROOT / "results" / "faults" / "slurm.jsonl"
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(7200 if THOROUGH else 1800)]
 
-SIGNALS_SENT = THOROUGH or 3
-STEPS = 700 + 100 * SIGNALS_SENT
+SIGNALS_SENT = THOROUGH or 2
+STEPS = 800 + 100 * SIGNALS_SENT
 CHECKPOINT_EVERY = 50
 
 
@@ -187,9 +187,9 @@ def jobs(cluster: Cluster, work: Path) -> dict[str, Train]:
         "undisturbed": Train.submit(cluster, work, "undisturbed"),
         "full": full,
         "limit": Train.submit(
-            cluster, work, "limit", *alone, "--training.steps=100000", options=(*ONE, "--time=1", "--signal=USR1@55")
+            cluster, work, "limit", *alone, "--training.steps=100000", options=(*ONE, "--time=2", "--signal=USR1@75")
         ),
-        "stalled": Train.submit(cluster, work, "stalled", "--training.stall-seconds=6", "--training.steps=100000"),
+        "stalled": Train.submit(cluster, work, "stalled", "--training.stall-seconds=10", "--training.steps=100000"),
         "half": Train.submit(cluster, work, "half", *alone, "--training.steps=100000", options=ONE),
         "differing": srun("differing"),
         "doctor": srun("doctor"),
@@ -240,20 +240,8 @@ def test_a_stalled_rank_is_named_and_the_job_goes_on(cluster: Cluster, jobs: dic
     train.wait_restart("a process stands still", before, attempts)
     cluster.call("scancel", train.job)
     text = train.log.read_text()
-    assert "rank 0 has made no step for 6 s: rank 1 on node2 has not been heard from" in text
+    assert "rank 0 has made no step for 10 s: rank 1 on node2 has not been heard from" in text
     assert re.search(rf"processes of job {train.job} were lost .* it goes back into the queue", text)
-
-
-def test_a_run_stops_before_its_time_limit(cluster: Cluster, jobs: dict[str, Train]) -> None:
-    train = jobs["limit"]
-    cluster.wait(lambda: "" if len(train.attempts()) > 1 else None, "the job to come back")
-    cluster.call("scancel", train.job)
-    text = train.log.read_text()
-    assert "SIGUSR1: finishing this step" in text
-    assert f"job {train.job} is back in the queue" in text
-    stopped = int(re.findall(r"stopped after step ([\d,]+)", text)[0].replace(",", ""))
-    assert train.attempts()[1] == stopped > 0
-    train.note("time limit, --signal", stopped, train.attempts()[1])
 
 
 @pytest.fixture(scope="session")
@@ -300,6 +288,20 @@ def test_an_array_of_variants_is_compared(cluster: Cluster, work: Path, jobs: di
     assert min(t["StartTime"] for n, t in times.items() if n != "compare") >= cluster.job(ids["sweep-1"])["EndTime"]
 
 
+def test_a_run_stops_before_its_time_limit(cluster: Cluster, jobs: dict[str, Train]) -> None:
+    """Every attempt goes on where the one before stopped, at step 0 too if that is how far a busy machine got."""
+    train = jobs["limit"]
+    cluster.wait(lambda: "" if any(train.attempts()) else None, "the job to come back with a checkpoint")
+    cluster.call("scancel", train.job)
+    text = train.log.read_text()
+    assert "SIGUSR1: finishing this step" in text
+    assert f"job {train.job} is back in the queue" in text
+    begun = train.attempts()
+    stopped = [int(n.replace(",", "")) for n in re.findall(r"stopped after step ([\d,]+)", text)]
+    assert begun == [0, *stopped[: len(begun) - 1]]
+    train.note("time limit, --signal", stopped[len(begun) - 2], begun[-1])
+
+
 def test_one_run_survives_everything(cluster: Cluster, work: Path, undisturbed: Path) -> None:
     train = Train.submit(cluster, work, "disturbed", options=(*NODES, "--partition=main"))
     # What waits for its end, and must not take going back into the queue for one: a second attempt (in a partition
@@ -326,8 +328,9 @@ def test_one_run_survives_everything(cluster: Cluster, work: Path, undisturbed: 
     fault("preemption with grace", lambda: _preempt(cluster, train))
     fault("newest checkpoint cut in half", lambda: _cut(cluster, train), steps=CHECKPOINT_EVERY + 20)
 
-    fault("kill -9 of one of two processes", lambda: kill(cluster.processes(str(train.run))[1]))
-    fault("kill -9 of the first process", lambda: kill(cluster.processes(str(train.run))[0]))
+    fault("kill -9 of rank 0 of two", lambda: kill(cluster.processes(str(train.run))[0]))
+    if THOROUGH:
+        fault("kill -9 of rank 1 of two", lambda: kill(cluster.processes(str(train.run))[1]))
 
     # SIGTERM ends the job for good: the next attempt goes on.
     assert cluster.state(second) == "PENDING"
