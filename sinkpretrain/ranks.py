@@ -15,11 +15,19 @@ import torch.distributed as dist
 from sinkpretrain.errors import UserError
 
 
+def is_taken_port(error: BaseException) -> bool:
+    """Whether rank 0 could not listen because another program does."""
+    return isinstance(error, RuntimeError) and "EADDRINUSE" in str(error)
+
+
 def says_lost(error: BaseException) -> bool:
     """Whether an error says that another process has gone or does not answer, rather than that something is wrong here.
 
-    NCCL's and the store's errors have types of their own, gloo's have its source file in the text.
+    NCCL's and the store's errors have types of their own, gloo's have its source file in the text. A port that is taken
+    is an error of the store, too, but nobody's loss.
     """
+    if is_taken_port(error):
+        return False
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
         return True
     return isinstance(error, RuntimeError) and "/gloo/" in str(error)

@@ -37,7 +37,7 @@ from sinkpretrain.lit import Ending, PretrainModule
 from sinkpretrain.load import step_of
 from sinkpretrain.model import GPTNeoX
 from sinkpretrain.provenance import source_hash, versions
-from sinkpretrain.ranks import says_lost
+from sinkpretrain.ranks import is_taken_port, says_lost
 from sinkpretrain.run_directory import claim, note_attempt
 from sinkpretrain.sharding import ShardedStrategy
 from sinkpretrain.signals import StopRequest
@@ -83,6 +83,11 @@ def train(config: RunConfig, allow_changes: bool = False, stop: StopRequest | No
     try:
         return _train(config, allow_changes, stop)
     except RuntimeError as error:
+        if is_taken_port(error):
+            port = os.environ.get("MASTER_PORT")
+            raise UserError(
+                f"port {port} of rank 0's node is taken by another program; export another MASTER_PORT."
+            ) from error
         if not says_lost(error):
             raise
         raise LostProcessError(

@@ -25,14 +25,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("attempts") / "data")
 
 
-def start_two(data: Path, folder: Path, code: str = "") -> list[subprocess.Popen[str]]:
+def start_two(data: Path, folder: Path, code: str = "", port: int = 0) -> list[subprocess.Popen[str]]:
     """Two processes of one run, started as a cluster would: neither is the other's parent."""
     save_yaml(config(data, folder / "run", steps=100_000, devices=2), folder / "recipe.yaml")
     script = folder / "main.py"
     script.write_text(f"import sys; from sinkpretrain.cli import main\n{code}\nsys.exit(main())\n")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port = port or probe.getsockname()[1]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     return [
         subprocess.Popen(
@@ -100,6 +100,19 @@ def test_a_reason_is_given_by_whoever_has_it(end: str, data: Path, tmp_path: Pat
         assert 0 not in [p.returncode for p in processes]
     assert (run / "config.yaml").is_file()
     assert not (run / attempts.OPEN).exists()
+
+
+def test_a_taken_port_is_named(data: Path, tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        first, second = start_two(data, tmp_path, port=port)
+        output, _ = first.communicate(timeout=240)
+        second.kill()
+        second.communicate()
+    assert first.returncode == 2, output
+    assert f"port {port} of rank 0's node is taken by another program; export another MASTER_PORT." in output
 
 
 def test_outside_of_slurm_nothing_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
