@@ -19,7 +19,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,16 +198,22 @@ def _kill(pid: int, wait_for_stop: bool) -> int | None:
 
 
 def summary(done: list[Kill], runs: int, seconds: float) -> dict[str, object]:
-    lost = [k.lost for k in done]
+    places = sorted({k.place for k in done}, key=("any", *PLACES).index)
     return {
         "kills": len(done),
         "runs_equal_to_the_undisturbed_one": runs,
         "steps_per_run": STEPS,
-        "kills_by_place": dict(Counter(k.place for k in done)),
+        "checkpoint_every": 5,
         "kills_that_left_a_temporary_file": sum(k.left_behind for k in done),
-        "steps_lost": {"mean": round(sum(lost) / len(lost), 2), "max": max(lost), "checkpoint_every": 5},
+        "steps_lost": _lost(done),
+        "by_place": {place: _lost([k for k in done if k.place == place]) for place in places},
         "seconds": round(seconds, 1),
     }
+
+
+def _lost(kills: list[Kill]) -> dict[str, float]:
+    lost = [k.lost for k in kills]
+    return {"kills": len(lost), "mean": round(sum(lost) / len(lost), 2), "max": max(lost)}
 
 
 def main() -> None:
@@ -221,6 +226,7 @@ def main() -> None:
         started = time.monotonic()
         done, runs = sweep(Path(folder), arguments.kills, arguments.seed)
         result = summary(done, runs, time.monotonic() - started) | {"provenance": provenance("cpu")}
+        result["cores"] = os.cpu_count()
     text = json.dumps(result, indent=1) + "\n"
     print(text)
     if arguments.out:
