@@ -86,6 +86,21 @@ def test_lost_processes_bring_the_job_back(step: str, code: int, job: Job, capfd
     assert sentence in capfd.readouterr().err
 
 
+def test_tasks_of_an_array_too(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As sweep.sbatch does: the run is named by the experiment's file and a number."""
+    file = job.folder / "experiment.yaml"
+    file.write_text(f"out: {job.folder}/all\nvariants: [vanilla, one-sink-token]\nsettings: {{data.path: x}}\n")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    target = job.folder / "all" / "runs" / "one-sink-token"
+    target.parent.mkdir(parents=True)
+    job.run.rename(target)
+    attempts.begin(target)
+    words = ["supervise", "bash", "-c", "exit 75", "sinkpretrain", "train", f"--experiment={file}", "--member", "1"]
+    assert main(words) == 75
+    assert job.requeued == ["7_1"]
+
+
 def test_an_end_that_was_explained_is_final(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(job.words(f"rm '{job.run}/{attempts.OPEN}'; exit 2")) == 2
     assert (job.requeued, capfd.readouterr().err) == ([], "")
