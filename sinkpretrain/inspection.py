@@ -28,6 +28,8 @@ FILE = "inspect.json"
 SENTENCES, SENTENCE = 256, 16
 """Sequences, and their length, of the average logits (StreamingLLM, arXiv 2309.17453, figures 2 and 7)."""
 LONG_SAMPLES = 8
+LONG = 4096
+"""Positions of the long inputs at most, if the user names no number: some models have contexts of 100,000 and more."""
 ONSET = 0.01
 """A sink has appeared at the first step from which on this share of (layer, head, sequence) has one."""
 
@@ -76,7 +78,7 @@ def inspect_model(
         split: split of a prepared folder; by default validation if there is one, else train.
         samples: sequences that are measured, spread over the text.
         length: positions of each, the mechanism's own tokens included.
-        long: positions of the long inputs whose last query is looked at; 0 is the model's context.
+        long: positions of the long inputs whose last query is looked at; 0 is the model's context, at most 4,096.
         layers: layers of the attention maps, separated by commas; by default six spread over the depth.
         heads: heads of the attention maps, or mean.
         dtype: of weights and activations; measures are computed in float32 in any case.
@@ -161,7 +163,7 @@ def inspect_loaded(
     net = loaded.model.to(where, DTYPES[dtype])
     short = sequences(net, ids, sizes["samples"], sizes["length"]).to(where)
     measures = head_measures(measure(net, short))
-    context = min(sizes["long"] or net.config.context, len(ids))
+    context = min(sizes["long"] or min(net.config.context, LONG), len(ids))
     long = sequences(net, ids, LONG_SAMPLES, context).to(where)
     last = [last_query(net, one) for one in torch.split(long, 1)]
     sentences = sequences(net, ids, SENTENCES, SENTENCE + len(net.prefix_ids)).to(where)
@@ -205,11 +207,16 @@ def sequences(model: LanguageModel, ids: NDArray[np.integer], count: int, length
         raise UserError(
             f"sequences of {length} positions leave no text behind {len(prefix)} sink tokens; make it longer."
         )
+    if length > (model.learned_positions or length):
+        raise UserError(
+            f"the model has {model.learned_positions:,} learned positions, too few for sequences of {length:,}; "
+            "lower --length or --long."
+        )
     fit = len(ids) // own
     if fit < 1:
         raise UserError(f"the text has {len(ids):,} tokens, too few for a sequence of {own}; give a longer text.")
     if fit < count:
-        warnings.warn(f"the text has room for {fit} sequences of {own} tokens, not {count}.", stacklevel=2)
+        warnings.warn(f"the text has room for {fit} of {count} sequences of {own} tokens.", stacklevel=2)
     starts = np.linspace(0, len(ids) - own, min(count, fit)).astype(np.int64)
     text = torch.from_numpy(np.stack([np.asarray(ids[s : s + own], dtype=np.int64) for s in starts]))
     return torch.cat((prefix.expand(len(text), -1), text), dim=1)

@@ -7,7 +7,7 @@ Letters of the axes: B batch, H heads, T queries, S keys, C width of the residua
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class LayerAttention:
     """What one layer's attention is computed from, and the attention itself.
 
     q, k, v: [B, H, T, D], k and v with the same or fewer heads; q and k rotated to their positions.
-    visible: bool [T, S].
+    window, pinned: of ``visible_keys``, what the queries see of the keys; they are the last T of the S.
     slopes: of ALiBi, [H], or None.
     """
 
@@ -31,8 +31,15 @@ class LayerAttention:
     k: Tensor
     v: Tensor
     sink: Mechanism
-    visible: Tensor
+    window: int | None
+    pinned: int
     slopes: Tensor | None
+
+    @property
+    def visible(self) -> Tensor:
+        """Which keys a query sees, bool [T, S]."""
+        query, key = self._places()
+        return visible_keys(query, key, self.window, self.pinned)
 
     @property
     def n_head(self) -> int:
@@ -40,7 +47,7 @@ class LayerAttention:
 
     def last(self) -> LayerAttention:
         """The same with the last query alone."""
-        return LayerAttention(self.index, self.q[:, :, -1:], self.k, self.v, self.sink, self.visible[-1:], self.slopes)
+        return replace(self, q=self.q[:, :, -1:])
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """The attention [B, H, T, S], and the mass on the mechanism's column [B, H, T]; quadratic in memory."""
@@ -58,9 +65,12 @@ class LayerAttention:
         return None if column is None else column.logit.float().expand(self.q.shape[:3])
 
     def _bias(self) -> Tensor:
-        S = self.k.shape[2]
-        keys = torch.arange(S, device=self.q.device)
-        return distance_bias(keys[S - self.q.shape[2] :, None] - keys, self.slopes, self.visible)
+        query, key = self._places()
+        return distance_bias(query - key, self.slopes, self.visible)
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        keys = torch.arange(self.k.shape[2], device=self.q.device)
+        return keys[-self.q.shape[2] :, None], keys
 
 
 SeeAttention = Callable[[LayerAttention], None]
@@ -75,7 +85,6 @@ def observe(
     T, device = ids_BT.shape[1], ids_BT.device
     places = torch.arange(T, device=device)
     cos, sin = model.rope(places)
-    visible = {w: visible_keys(places[:, None], places, w, model.pinned) for w in set(model.windows)}
     causal = model.causal(T, device)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: Mechanism) -> Tensor:
@@ -83,7 +92,7 @@ def observe(
             # A run in bf16 autocast trains so; what is measured about it is computed in fp32.
             with torch.autocast(device.type, enabled=False):
                 turned = rotate(q, cos, sin), rotate(k, cos, sin)
-                attention(LayerAttention(layer, *turned, v, sink, visible[model.windows[layer]], model.slopes))
+                attention(LayerAttention(layer, *turned, v, sink, model.windows[layer], model.pinned, model.slopes))
         return causal(layer, q, k, v, sink)
 
     handles = []

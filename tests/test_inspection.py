@@ -82,7 +82,7 @@ def test_sequences_are_spread_over_the_text_behind_the_prefix() -> None:
     assert (ids[:, :2] == torch.tensor(net.prefix_ids)).all()
     assert ids[0, 2:].tolist() == IDS[:10].tolist()
     assert ids[-1, 2:].tolist() == IDS[-10:].tolist()
-    with pytest.warns(UserWarning, match="room for 700 sequences of 10 tokens, not 701"):
+    with pytest.warns(UserWarning, match="room for 700 of 701 sequences of 10 tokens"):
         assert len(sequences(net, IDS, 701, 12)) == 700
     with pytest.raises(UserError, match="leave no text behind 2 sink tokens"):
         sequences(net, IDS, 1, 3)
@@ -141,6 +141,18 @@ def test_models_of_other_makers_can_be_inspected(text: str, tmp_path: Path) -> N
     assert np.array(results["measures"]["first"]).shape == (3, 4)
     assert results["last_query"]["length"] == 64
     assert "emergence" not in results
+
+
+def test_a_context_of_a_hundred_thousand_is_not_looked_through_unasked(text: str, tmp_path: Path) -> None:
+    """A mask of the whole context would take more memory than there is."""
+    folder = save(build("llama", max_position_embeddings=131_072), tmp_path / "llama")
+    run = {"out": str(tmp_path / "out"), "samples": 8, "device": "cpu", "progress": False}
+    with pytest.warns(UserWarning, match="room for 1 of 8 sequences of 4096 tokens"):
+        results = inspect_model(str(folder), text, **run)
+    assert results["last_query"]["length"] == 4096
+    folder = save(build("gpt2"), tmp_path / "gpt2")
+    with pytest.raises(UserError, match="has 64 learned positions, too few for sequences of 100"):
+        inspect_model(str(folder), text, long=100, **run)
 
 
 def test_what_a_window_hides_is_null_in_the_file(text: str, tmp_path: Path) -> None:
