@@ -85,6 +85,20 @@ def series(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": ("-", "-.", ":")[number // len(COLOURS) % 3]}
 
 
+def styles(names: Sequence[str]) -> list[dict[str, Any]]:
+    """``series`` of each curve: curves of one name, which are seeds of one model, look alike."""
+    order = list(dict.fromkeys(names))
+    return [series(order.index(name)) for name in names]
+
+
+def legend_below(figure: Figure, lines: Mapping[str, Any], most: int = 3) -> None:
+    """A legend under the panels in at most so many columns; the figure grows by what it takes."""
+    widest = 0.5 + 0.09 * max(map(len, lines))  # inches: a line and the name
+    columns = max(1, min(most, len(lines), int(figure.get_figwidth() / widest)))
+    figure.set_figheight(figure.get_figheight() + 0.2 * (-(-len(lines) // columns) - 1))
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns, frameon=False)
+
+
 Models = Sequence[tuple[str, Mapping[str, NDArray[np.floating]]]]
 """The name of each model, and its losses by setting."""
 
@@ -154,9 +168,7 @@ def _position_figure(
             axis.set_ylabel(label)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    figure.legend(
-        lines.values(), lines.keys(), loc="outside lower center", ncols=min(columns, len(lines)), frameon=False
-    )
+    legend_below(figure, lines, columns)
     return figure, list(axes.flat[: len(panels)])
 
 
@@ -173,19 +185,22 @@ def loss_figure(runs: list[tuple[str, Curve, Curve]]) -> Figure:
     """Training loss (a running mean) and validation loss (points) of each run: its name and the two curves."""
     figure = Figure(figsize=(7.5, 4.4), layout="constrained")
     axis = figure.subplots()
-    for number, (name, (steps, losses), validation) in enumerate(runs):
-        style = series(number)
+    lines: dict[str, Any] = {}
+    for (name, (steps, losses), validation), style in zip(runs, styles([r[0] for r in runs]), strict=True):
         width = max(1, len(losses) // 100)
         if losses:
             smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
             thin = max(1, len(smooth) // 1000)  # more points than pixels only make files large
-            axis.plot(steps[width - 1 :: thin], smooth[::thin], **style, linewidth=1.4, label=name)
+            (lines[name],) = axis.plot(steps[width - 1 :: thin], smooth[::thin], **style, linewidth=1.4)
         axis.plot(*validation, "o", color=style["color"], markersize=4, markerfacecolor="none")
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("loss, nats per token")
     axis.set_title("training loss (lines) and validation loss (circles)")
     tidy(axis)
-    axis.legend(frameon=False)
+    if len(lines) > 6:  # more would cover the curves
+        legend_below(figure, lines)
+    elif lines:
+        axis.legend(lines.values(), lines.keys(), frameon=False)
     return figure
 
 

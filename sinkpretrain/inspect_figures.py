@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from sinkpretrain.figures import series, styled, tidy
+from sinkpretrain.figures import legend_below, styled, styles, tidy
 
 Map = Mapping[str, Any]
 """One entry of ``average_logits`` in inspect.json: ``layer``, ``head`` (None: mean of heads), ``rows`` (lists that end
@@ -171,7 +171,7 @@ def emergence_figure(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) ->
 
 
 def _panel_figure(panels: Sequence[Panel], models: Sequence[tuple[str, Mapping[str, Any]]], x_label: str) -> Figure:
-    """One panel per measure that any model has, one line per model."""
+    """One panel per measure that any model has, one line per model; those of one name look alike."""
     drawn = [(title, label, [curve(m) for _, m in models]) for title, label, curve in panels]
     drawn = [panel for panel in drawn if any(panel[2])]
     columns = min(2, len(drawn))
@@ -183,17 +183,16 @@ def _panel_figure(panels: Sequence[Panel], models: Sequence[tuple[str, Mapping[s
         axis.set_title(title)
         axis.set_ylabel(label)
         axis.set_xlabel(x_label)
-        for number, ((name, _), curve) in enumerate(zip(models, curves, strict=True)):
+        for (name, _), style, curve in zip(models, styles([m[0] for m in models]), curves, strict=True):
             if curve:
-                style = {"linewidth": 1.5, "marker": "o", "markersize": 3}
-                (lines[name],) = axis.plot(*curve, **series(number), **style)
+                (lines[name],) = axis.plot(*curve, **style, linewidth=1.5, marker="o", markersize=3)
         _scale_x(axis, [x for curve in curves if curve for x in curve[0]])
         if not any(np.any(curve[1]) for curve in curves if curve):
             axis.set_ylim(-0.05, 1)  # nothing but zeros: not a scale of thousandths around them
         tidy(axis)
     for axis in axes.flat[len(drawn) :]:
         axis.set_visible(False)
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(3, len(lines)), frameon=False)
+    legend_below(figure, lines)
     return figure
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
@@ -19,9 +20,10 @@ from sinkpretrain.compare import compare, log_to_wandb, print_table
 from sinkpretrain.comparison import numbers
 from sinkpretrain.comparison.blocks import number
 from sinkpretrain.comparison.read import About, Run
-from sinkpretrain.config import RunConfig
+from sinkpretrain.config import ModelConfig, RunConfig, SinkConfig, TrainingConfig
 from sinkpretrain.errors import UserError
-from sinkpretrain.figures import running_change, running_perplexity
+from sinkpretrain.figures import loss_figure, running_change, running_perplexity
+from sinkpretrain.inspect_figures import layers_figure
 
 PYTHIA = {"n_layer": 12, "d_model": 768, "context": 2048}
 TINY = {"n_layer": 4, "d_model": 128, "context": 128}
@@ -432,6 +434,66 @@ def test_runs_become_a_table_and_a_figure(tmp_path: Path) -> None:
     whole = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert whole["runs"][0]["about"] == {"commit": "abc"}
     assert whole["training"][0]["validation_loss"] == 3.25
+
+
+def test_curves_of_seeds_go_by_their_mechanism() -> None:
+    def run(mechanism: str, seed: int, **model: int) -> Run:
+        config = RunConfig(
+            name=f"{mechanism}-{seed}",
+            sink=SinkConfig(mechanism),
+            model=ModelConfig(**model),
+            training=TrainingConfig(seed=seed),
+        )
+        return Run(Path(config.name), config, [], {})
+
+    def names(*runs: Run) -> list[str]:
+        return [name for name, _ in numbers.runs_by_seed(list(runs))]
+
+    pair = run("zero_sink", 1), run("zero_sink", 2)
+    assert names(run("vanilla", 1), *pair) == ["vanilla-1", "zero_sink", "zero_sink"]
+    assert names(*pair, run("zero_sink", 3, n_layer=2)) == ["zero_sink-1", "zero_sink-2", "zero_sink-3"]
+    assert names(pair[0], pair[0]) == ["zero_sink-1", "zero_sink-1"]  # not seeds: something else differs
+
+
+def test_many_curves_leave_their_figure_readable() -> None:
+    """Three seeds of every mechanism: one name in the legend for each mechanism, and panels that keep their size."""
+    curve = ([1, 2, 3], [3.0, 2.0, 1.0])
+    measures = {"first": [[0.5, 0.2]] * 3, "entropy": [[1.0, 2.0]] * 3, "floor": {"first": 0.1}, "column": [[0.0]] * 3}
+    measures |= {"value_norm": [[1.0]] * 3, "norm": [1.0] * 4, "massive": [9.0] * 4}
+    few, many = ([f"mechanism_number(option={i})" for i in range(n) for _ in range(3)] for n in (2, 18))
+    for draw in (
+        lambda names: loss_figure([(n, curve, curve) for n in names]),
+        lambda names: layers_figure([(n, measures) for n in names]),
+    ):
+        small, large = draw(few), draw(many)
+        heights = []
+        for figure, names in ((small, few), (large, many)):
+            FigureCanvasAgg(figure).draw()
+            legend = (figure.legends or [figure.axes[0].get_legend()])[0]
+            assert [text.get_text() for text in legend.get_texts()] == list(dict.fromkeys(names))
+            box = legend.get_window_extent()
+            assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+            assert box.y0 >= 0
+            heights.append(figure.axes[0].get_window_extent().height)
+        assert heights[1] > 0.8 * heights[0]
+        lines = large.axes[0].lines
+        looks = {(line.get_color(), line.get_linestyle()) for line in lines if line.get_linestyle() != "None"}
+        assert len(looks) == 18
+
+
+def test_attention_maps_of_many_models_are_those_of_the_first_few(tmp_path: Path) -> None:
+    measures = {"first": [[0.5]], "entropy": [[1.0]], "value_norm": [[1.0]], "norm": [1.0], "massive": [9.0]}
+    measures |= {"column": [[0.0]], "kurtosis": [3.0], "floor": {"first": 0.1}, "sink_rates": {"0.3": 0.5}}
+    maps = [{"layer": 0, "head": 0, "rows": [[0.0], [0.0, 1.0]], "column": None}]
+    last = {"prefix": [[0.5]], "column": [[0.0]], "length": 64}
+    for number_, mechanism in enumerate(["vanilla", "vanilla", *(f"m{i}" for i in range(9))]):
+        folder = make_result(tmp_path / str(number_), mechanism, {"4+60": 18.0}, TINY, name=f"x{number_}", seed=number_)
+        about = {"model": json.loads((folder / "results.json").read_text())["model"], "measures": measures}
+        about |= {"what": "inspect", "format": 1, "sequences": {"prefix": 0}, "last_query": last}
+        (folder / "inspect.json").write_text(json.dumps(about | {"average_logits": maps}))
+    compare([tmp_path], tmp_path / "out")
+    assert "6 of 11 models; the others are in their own folders" in (tmp_path / "out" / "comparison.md").read_text()
+    assert imread(tmp_path / "out" / "attention_maps.png").shape[0] < 150 * 16
 
 
 def test_the_terminal_shows_the_same_numbers(table3: list[Path], tmp_path: Path) -> None:

@@ -163,6 +163,7 @@ MEASURE = """<script>
   parent.postMessage(JSON.stringify({inner: innerWidth, page: document.documentElement.scrollWidth, wide,
     ground: getComputedStyle(document.body).backgroundColor,
     ink: getComputedStyle(document.querySelector("svg text")).fill,
+    label: Math.max(...[...document.querySelectorAll("td.label:first-child")].map(e => e.offsetWidth)),
     text: Math.min(...[...document.querySelectorAll("svg text")].map(e => e.getBoundingClientRect().height))}), "*");
 </script>"""
 
@@ -180,6 +181,7 @@ def test_the_page_fits_its_window_in_both_schemes(page: Path, chromium: str, wid
     assert (found["ground"], found["ink"]) == (
         ("rgb(20, 23, 26)", "rgb(230, 232, 235)") if dark else ("rgb(255, 255, 255)", "rgb(36, 41, 47)")
     )
+    assert found["label"] < width / 2  # the column that stays leaves room for those that scroll
     assert found["text"] > 8  # pixels: figures scroll on a phone rather than shrink
 
 

@@ -7,13 +7,14 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sinkpretrain.comparison import paper
 from sinkpretrain.comparison.read import About, Found, Result, Run, setting_order
+from sinkpretrain.config import to_dict
 from sinkpretrain.statistics import paired_difference, t_interval
 
 Losses = NDArray[np.float32]
@@ -57,9 +58,9 @@ class Group:
         return max(same, key=lambda s: (setting_order(s)[2], setting_order(s)[3] == "")) if kind == 0 and same else None
 
 
-def _seeds(result: Result) -> tuple[int, ...] | None:
+def _seeds(model: About) -> tuple[int, ...] | None:
     """Seeds of the initial weights and of the data order: two trainings with the same ones are a pair."""
-    seeds = result.data["model"].get("seeds")
+    seeds = model.data["model"].get("seeds")
     return (seeds["training"], seeds["data"]) if seeds else None
 
 
@@ -68,27 +69,52 @@ def group(results: list[Result]) -> list[Group]:
 
     Reads all losses; raises UserError if it cannot.
     """
-    alike: dict[str, list[Result]] = defaultdict(list)
-    for r in results:
-        model = r.data["model"]
-        alike[json.dumps([r.mechanism, model["shape"], model["step"]], sort_keys=True)].append(r)
-    members = [part for found in alike.values() for part in _only_seeds_differ(found)]
-    groups_of = Counter(found[0].mechanism for found in members)
     return [
-        Group(
-            title=found[0].mechanism if groups_of[found[0].mechanism] == 1 else full_name(found),
-            mechanism=found[0].mechanism,
-            results=found,
-            losses=[{s: r.nll(s) for s in r.settings} for r in found],
-        )
-        for found in members
+        Group(title, of[0].mechanism, results=of, losses=[{s: r.nll(s) for s in r.settings} for r in of])
+        for title, of in by_seed(results)
     ]
 
 
-def _only_seeds_differ(results: list[Result]) -> list[list[Result]]:
+Model = TypeVar("Model", bound=About)
+
+
+def by_seed(models: Sequence[Model]) -> list[tuple[str, list[Model]]]:
+    """Title and members of each group of models of one mechanism, shape and number of steps."""
+    alike: dict[str, list[Model]] = defaultdict(list)
+    for m in models:
+        model = m.data["model"]
+        alike[json.dumps([m.mechanism, model["shape"], model["step"]], sort_keys=True)].append(m)
+    members = [part for found in alike.values() for part in _only_seeds_differ(found)]
+    groups_of = Counter(found[0].mechanism for found in members)
+    return [(of[0].mechanism if groups_of[of[0].mechanism] == 1 else full_name(of), of) for of in members]
+
+
+def _only_seeds_differ(models: list[Model]) -> list[list[Model]]:
     """The models as one group; each alone if two have the same seeds, for then something else differs as well."""
-    known = [seeds for seeds in map(_seeds, results) if seeds is not None]
-    return [results] if len(known) == len(set(known)) else [[r] for r in results]
+    known = [seeds for seeds in map(_seeds, models) if seeds is not None]
+    return [models] if len(known) == len(set(known)) else [[m] for m in models]
+
+
+def runs_by_seed(runs: list[Run]) -> list[tuple[str, Run]]:
+    """Every run with the name that its curves go by: its own, or the mechanism's if all its runs are seeds of one
+    recipe."""
+    of: dict[str, list[Run]] = defaultdict(list)
+    for r in runs:
+        of[r.mechanism].append(r)
+
+    def alike(same: list[Run]) -> bool:
+        seeds = {(r.config.training.seed, r.config.data.seed) for r in same}
+        return len(set(map(_recipe, same))) == 1 and len(seeds) == len(same) > 1
+
+    return [(r.mechanism if alike(of[r.mechanism]) else r.name, r) for r in runs]
+
+
+def _recipe(run: Run) -> str:
+    """What a run was told to do, but for its seeds and where it writes."""
+    told = to_dict(run.config)
+    for section, setting in (("training", "seed"), ("data", "seed")):
+        told[section].pop(setting)
+    return json.dumps({k: v for k, v in told.items() if k not in ("name", "out", "log")}, sort_keys=True, default=str)
 
 
 def full_name(of: Sequence[About]) -> str:
@@ -293,13 +319,16 @@ def logged_sinks(runs: list[Run]) -> list[Record]:
 
 
 def emergence(abouts: list[About], runs: list[Run]) -> list[tuple[str, list[Record]]]:
-    """Name and lines of measures of each run, in order of steps: those of its checkpoints where they were inspected."""
-    found = {r.name: r.probes for r in runs}
+    """Name and lines of measures of each run, in order of steps: those of its checkpoints where they were inspected.
+
+    Seeds of one recipe go by one name.
+    """
+    found = {r.name: (name, r.probes) for name, r in runs_by_seed(runs)}
     for a in abouts:
         measured = a.data.get("emergence")
         if measured and (measured["from"] == "checkpoints" or a.name not in found):
-            found[a.name] = measured["lines"]
-    return list(found.items())
+            found[a.name] = found[a.name][0] if a.name in found else a.name, measured["lines"]
+    return list(found.values())
 
 
 def accuracies(about: About) -> dict[str, tuple[float, float | None]]:

@@ -187,7 +187,7 @@ def training(found: Found) -> Section:
     for r in map(numbers.training, found.runs):
         losses = [formatted(r["training_loss"], ".3f"), formatted(r["validation_loss"], ".4f")]
         rows.append([r["name"], r["mechanism"], str(r["seed"]), f"{r['steps']:,}", *losses])
-    curves = [(r.name, r.curve("train"), r.curve("validation")) for r in found.runs]
+    curves = [(name, r.curve("train"), r.curve("validation")) for name, r in numbers.runs_by_seed(found.runs)]
     return Section(
         "Training",
         [
@@ -203,18 +203,21 @@ def sinks(found: Found) -> Section:
     blocks: list[Block] = []
     if found.inspections:
         blocks += [inspection_table(found.inspections), _INSPECTION_NOTE]
-        names = numbers.titles(found.inspections)
-        layers = [(n, a.data["measures"]) for n, a in zip(names, found.inspections, strict=True)]
+        models = numbers.by_seed(found.inspections)
+        layers = [(title, a.data["measures"]) for title, of in models for a in of]
         caption = "Attention to the sink and the residual stream, layer by layer (mean over heads and sequences)."
         blocks.append(Picture("layers", caption, inspect_figures.layers_figure(layers)))
-        maps = numbers.common_maps(found.inspections)
+        shown = [(title, of[0]) for title, of in models[:MAPPED]]
+        maps = numbers.common_maps([a for _, a in shown])
         if maps[0]:
-            prefixes = [a.data["sequences"]["prefix"] for a in found.inspections]
             caption = (
                 "Average attention logits over sequences of 16 tokens, the same layers and heads of each model. A "
                 "bright first column is a sink; S marks sink tokens, +1 the extra column."
             )
-            figure = inspect_figures.maps_figure(list(zip(names, prefixes, maps, strict=True)))
+            if len(shown) < len(found.inspections):
+                caption += f" {len(shown)} of {len(found.inspections)} models; the others are in their own folders."
+            rows = [(t, a.data["sequences"]["prefix"], m) for (t, a), m in zip(shown, maps, strict=True)]
+            figure = inspect_figures.maps_figure(rows)
             blocks.append(Picture("attention_maps", caption, figure))
     logged = [r for r in found.runs if r.probes]
     if logged and not found.inspections:
@@ -225,6 +228,9 @@ def sinks(found: Found) -> Section:
         blocks.append(Picture("emergence", caption, inspect_figures.emergence_figure(curves)))
     return Section("Attention sinks", blocks)
 
+
+MAPPED = 6
+"""Models whose attention maps a page shows at most, one of each group of seeds."""
 
 _INSPECTION_NOTE = (
     "Sink_1 at epsilon: share of (layer, head, sequence) in which position 0 receives more than epsilon of the "
