@@ -272,7 +272,10 @@ def spot_check(file: TokenFile) -> str:
 
 def _hash_of_some(file: TokenFile, count: int) -> str:
     places = np.linspace(0, max(0, file.n_tokens - 1), min(file.n_tokens, count)).astype(np.int64)
-    return hashlib.sha256(file.tokens[places].astype("<i8").tobytes()).hexdigest()
+    file.expect_scattered_reads(True)
+    found = hashlib.sha256(file.tokens[places].astype("<i8").tobytes()).hexdigest()
+    file.expect_scattered_reads(False)
+    return found
 
 
 def open_data(config: DataConfig) -> Tokens:

@@ -18,6 +18,7 @@ pre-shuffled files hold rows of 2,049 tokens, each of them one training sample.
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import struct
 from collections.abc import Callable
@@ -101,6 +102,12 @@ class TokenFile:
     def __reduce__(self) -> tuple[Callable[[Path], "TokenFile"], tuple[Path]]:
         # numpy would pickle the whole file into a worker process; the path is enough.
         return TokenFile.open, (self.prefix,)
+
+    def expect_scattered_reads(self, scattered: bool) -> None:
+        """Tell the kernel whether reads jump about: it would otherwise fetch up to megabytes around each of them."""
+        mapping = getattr(self.tokens, "_mmap", None)
+        if mapping is not None and hasattr(mmap, "MADV_RANDOM"):
+            mapping.madvise(mmap.MADV_RANDOM if scattered else mmap.MADV_NORMAL)
 
     @property
     def n_tokens(self) -> int:

@@ -303,6 +303,7 @@ class TokenData(L.LightningDataModule):
         self.config, self.module = config, module
         self.samples = Samples(tokens.train, config.model, module.model.prefix_ids)
         self.order = training_order(config.data, self.samples)
+        tokens.train.expect_scattered_reads(self.order.shuffle)
 
     def train_dataloader(self) -> Stream:
         assert self.trainer is not None

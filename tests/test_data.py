@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from sinkpretrain.data import (
     training_order,
 )
 from sinkpretrain.errors import UserError
-from sinkpretrain.tokens import TokenFile, TokenWriter
+from sinkpretrain.tokens import _HEADER, INDEX_VERSION, MAGIC, TokenFile, TokenWriter
 
 MODEL = ModelConfig(n_layer=1, d_model=16, n_head=1, context=64, tokenizer_size=96, vocab_size=128)
 
@@ -140,3 +141,44 @@ def test_a_fault_in_the_reading_thread_reaches_the_loop(tmp_path: Path) -> None:
     samples = Samples(TokenFile.open(tmp_path / "wide"), MODEL, ())
     with pytest.raises(UserError, match="token id"):
         next(iter(Stream(samples, Order(1, 0, False), 1)))
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is no file's: what a copy of the data would be in."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="asks Linux for the memory")
+def test_a_file_of_100_gigabytes_is_ready_at_once_and_never_copied(tmp_path: Path) -> None:
+    """50 billion tokens in a file with holes: opened, told apart and read from two places."""
+    documents, length = 50, 10**9
+    with (tmp_path / "huge.bin").open("wb") as file:
+        file.truncate(documents * length * 2)
+        file.seek(2 * (documents * length - 4096))
+        file.write((np.arange(4096) % 1000).astype("<u2").tobytes())
+    if (tmp_path / "huge.bin").stat().st_blocks * 512 > 1 << 20:
+        pytest.skip("this file system has no files with holes")
+    with (tmp_path / "huge.idx").open("wb") as file:
+        file.write(_HEADER.pack(MAGIC, INDEX_VERSION, 8, documents, documents + 1))
+        file.write(np.full(documents, length, "<i4").tobytes())
+        file.write((2 * length * np.arange(documents)).astype("<i8").tobytes())
+        file.write(np.arange(documents + 1).astype("<i8").tobytes())
+    model = ModelConfig(n_layer=1, d_model=16, n_head=1, context=2048, tokenizer_size=1000, vocab_size=1024)
+    before, started = anonymous_bytes(), time.perf_counter()
+    data = DataConfig(path=str(tmp_path / "huge"), batch_size=256)
+    tokens = open_data(data)
+    tokens.identity()
+    samples = Samples(tokens.train, model, ())
+    streams = [iter(Stream(samples, training_order(data, samples), 256, rank=r, world=2)) for r in range(2)]
+    first = next(streams[0])
+    assert time.perf_counter() - started < 5
+    assert first.ids.shape == (128, 2048)
+    for stream in streams:
+        for _ in range(4):
+            next(stream)
+        stream.close()
+    assert anonymous_bytes() - before < 256 << 20
+    assert samples.n_samples == (documents * length - 1) // 2048
+    last = samples.batch(np.array([samples.n_samples - 1])).labels[0]
+    assert last.max() > 0  # the end of the file, beyond what 32 bits can count
