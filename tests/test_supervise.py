@@ -166,12 +166,16 @@ def test_asking_survives_what_it_brings_about(job: Job, capfd: pytest.CaptureFix
 
 def test_signals_reach_the_step_and_termination_is_final(job: Job) -> None:
     """In a process of its own, and blocked until it listens, as in the job scripts."""
-    step = "trap 'exit 41' TERM; trap 'exit 42' USR1; sleep 60 & wait"
+    ready = job.folder / "ready"
+    step = f"trap 'exit 41' TERM; trap 'exit 42' USR1; touch '{ready}'; sleep 60 & wait"
     for number, code, requeued in ((signal.SIGUSR1, 42, 1), (signal.SIGTERM, 41, 0)):
         before = len(job.requeued)
         block = ["env", "--block-signal=USR1", "--block-signal=TERM"]
         process = subprocess.Popen([*block, sys.executable, "-m", "sinkpretrain", *job.words(step)], cwd=ROOT)
-        time.sleep(2.0)
+        while not ready.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        ready.unlink()
         process.send_signal(number)
         assert process.wait(60) == code
         assert len(job.requeued) - before == requeued
