@@ -31,10 +31,14 @@ def rope_tables(positions_T: Tensor, rotary_dim: int, base: float) -> tuple[Tens
 
 
 def angle_tables(positions_T: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 [T, R], of positions times angles per position [R / 2]."""
-    angles = positions_T.float()[:, None] * frequencies[None, :]
+    """cos and sin, fp32 [T, R], of positions times angles per position [R / 2].
+
+    Angles are rounded to fp32, as models do it, or to fp64 where the positions are.
+    """
+    kind = torch.float64 if positions_T.dtype == torch.float64 else torch.float32
+    angles = positions_T.to(kind)[:, None] * frequencies.to(kind)
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    return angles.cos().float(), angles.sin().float()
 
 
 def rotate(x_BHTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:

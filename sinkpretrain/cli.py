@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LostProcessError as error:
         print(f"sinkpretrain {arguments[0]}: {error}", file=sys.stderr)
         return TRY_AGAIN
-    except KeyboardInterrupt:
-        print(f"sinkpretrain {arguments[0]}: stopped.", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"sinkpretrain {arguments[0]}: {stop or 'stopped.'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; Python would complain once more at exit.

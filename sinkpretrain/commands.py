@@ -226,21 +226,19 @@ def _leave(code: int) -> NoReturn:
 def stream(argv: Sequence[str]) -> int:
     from sinkpretrain.evaluate import stream as run
 
-    results = run(**_arguments("stream", run, argv))
+    values = _arguments("stream", run, argv)
+    results = run(**values)
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("setting", "perplexity", "95 %", "beyond the cache", "tokens/s", title=results["model"]["name"])
-    for name, s in results["settings"].items():
-        beyond = s["ppl_beyond_cache"]
-        table.add_row(
-            name,
-            f"{s['ppl']:.2f}",
-            f"{s['interval'][0]:.2f} - {s['interval'][1]:.2f}",
-            f"{beyond:.2f}" if beyond else "",
-            f"{s['tokens_per_second']:,.0f}",
-        )
-    Console().print(table)
+    from sinkpretrain.evaluate import table
+
+    head, rows, note = table(results)
+    shown = Table(*head, title=f"{results['model']['name']}, {results['tokens']['count']:,} tokens", caption=note)
+    for row in rows:
+        shown.add_row(*row)
+    Console().print(shown)
+    print(f"written to {values['out']}: results.json, stream.png, and nll.npy for each setting")
     return 0
 
 

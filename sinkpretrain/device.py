@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,17 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda was asked for, but torch sees no GPU; use --device cpu.")
     return torch.device(name)
+
+
+@contextlib.contextmanager
+def device_memory(device: torch.device, what: str) -> Iterator[None]:
+    """Turn a lack of memory while something is put on a device into a UserError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the memory of {device} does not hold {what}; use --dtype bfloat16 or --device cpu."
+        ) from error
 
 
 def peak_memory(device: torch.device) -> int:

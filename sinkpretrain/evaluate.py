@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import warnings
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,120 +14,32 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sinkpretrain.cache import Cache
-from sinkpretrain.device import choose_device, peak_memory
+from sinkpretrain.cache import Positions
+from sinkpretrain.device import choose_device, device_memory, peak_memory
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import read_json, write_atomically, write_json
-from sinkpretrain.language import LanguageModel
+from sinkpretrain.given_text import Text, check_ids, read_text
 from sinkpretrain.load import LoadedModel, load_model
 from sinkpretrain.progress import ProgressBar
 from sinkpretrain.provenance import provenance
-from sinkpretrain.statistics import block_bootstrap
-from sinkpretrain.streaming import dense_nll, recompute_nll, stream_nll, token_loop_nll
+from sinkpretrain.scoring import BlockSize, Losses
+from sinkpretrain.setting import Setting, Wanted, check_length, settings_for
+from sinkpretrain.statistics import block_bootstrap, t_interval
+from sinkpretrain.streaming import documents as parts_of
 
-Ids = NDArray[np.integer]
-Losses = NDArray[np.float32]
-Strategy = Literal["streaming", "window", "dense", "recompute", "token-loop"]
-STRATEGIES: tuple[str, ...] = ("streaming", "window", "dense", "recompute", "token-loop")
-RESULTS = "results.json"
+RESULTS, FIGURE = "results.json", "stream.png"
 FORMAT = 1
 CONVENTION = (
     "cache x+y: a query sees the first x positions (sink tokens included), the y before it, and itself in addition; "
-    "positions are slots in the cache; one stream over all documents; nll[i] scores token i + 1, in nats"
+    "positions are slots in the cache, unless the setting says absolute; one stream over all documents, unless it says "
+    "documents; nll[i] scores token i + 1, in nats, and is NaN where that was not scored"
 )
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row of a results file: a strategy with its cache or window, and what was changed about model and text.
-
-    column: whether a softmax column was left out.
-    initial: the id that stands in place of the text's tokens among the first x.
-    """
-
-    strategy: str
-    cache: Cache | None = None
-    window: int | None = None
-    column: Literal["kept", "dropped"] | None = None
-    initial: int | None = None
-
-    @property
-    def name(self) -> str:
-        """Key in the results and name of the folder with the losses."""
-        if self.strategy == "recompute":
-            return f"recompute-{self.window}"
-        if self.cache is None:
-            return self.strategy
-        name = str(self.cache) + ("-nocolumn" if self.column == "dropped" else "")
-        name += f"-initial-{self.initial}" if self.initial is not None else ""
-        return f"{name}-token-loop" if self.strategy == "token-loop" else name
-
-    @property
-    def beyond(self) -> int:
-        """Tokens after which nothing can be held any more: the losses from there on are "beyond the cache"."""
-        return self.window or (self.cache.size if self.cache else 0)
-
-    def run(self, model: LanguageModel, ids: Ids, block: int, batch: int, advance: Callable[[int], None]) -> Losses:
-        """The per-token losses, float32 [tokens - 1]."""
-        dropped = self.column == "dropped"
-        if self.strategy == "dense":
-            return dense_nll(model, ids, block=block, advance=advance)
-        if self.strategy == "recompute":
-            assert self.window is not None
-            return recompute_nll(model, ids, self.window, block=batch * self.window, advance=advance)
-        assert self.cache is not None
-        if self.initial is not None:
-            ids = with_initial(ids, self.cache.start - len(model.prefix_ids), self.initial)
-        if self.strategy == "token-loop":
-            return token_loop_nll(model, ids, self.cache, drop_column=dropped, advance=advance)
-        return stream_nll(model, ids, self.cache, block=block, drop_column=dropped, advance=advance)
-
-
-def with_initial(ids: Ids, count: int, by: int) -> Ids:
-    """The text with another token in place of each of its first ``count``."""
-    replaced = np.array(ids)
-    replaced[:count] = by
-    return replaced
-
-
-def settings_for(
-    model: LanguageModel, caches: str, strategies: str, window: int | None, initial: int | None = None
-) -> list[Setting]:
-    """The settings that the command line asks for, in order; raises UserError.
-
-    With ``initial``, each cache that keeps tokens of the text's beginning is evaluated a second time, with that id in
-    their place (table 1 of StreamingLLM, arXiv 2309.17453: is it their meaning or their position that matters?).
-    Without an initial position in the cache, a mechanism with a softmax column can be read in two ways: with its
-    column, as trained, or without ("drop the +1 at test time"). Both are evaluated and labelled.
-    """
-    wanted = [s.strip() for s in strategies.split(",") if s.strip()]
-    unknown = [s for s in wanted if s not in STRATEGIES]
-    if unknown or not wanted:
-        raise UserError(
-            f"unknown strategy {unknown[0]!r}; known: {', '.join(STRATEGIES)}." if unknown else "no strategy."
-        )
-    parsed = list(dict.fromkeys(Cache.parse(c) for c in caches.split(",") if c.strip()))
-    size = window or (max(c.size for c in parsed) if parsed else model.config.context)
-    has_column = model.adds_column
-    found: list[Setting] = []
-    for strategy in wanted:
-        if strategy == "dense":
-            found.append(Setting("dense"))
-        elif strategy == "recompute":
-            found.append(Setting("recompute", window=size))
-        else:
-            if strategy != "window" and not parsed:
-                raise UserError("no cache given; say for example --cache 0+1024,4+1020.")
-            for cache in [Cache(0, size)] if strategy == "window" else parsed:
-                found.append(Setting(strategy, cache, column="kept" if has_column else None))
-                if has_column and cache.start == 0:
-                    found.append(Setting(strategy, cache, column="dropped"))
-                if initial is not None and cache.start > len(model.prefix_ids):
-                    found.append(replace(found[-1], initial=initial))
-    if initial is not None and not any(s.initial is not None for s in found):
-        raise UserError("--replace-initial needs a cache x+y that keeps tokens of the text: x above the sink tokens.")
-    return list({s.name: s for s in found}.values())
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 def stream(
@@ -138,13 +50,16 @@ def stream(
     strategy: str = "streaming",
     out: str = "",
     split: str = "",
-    window: int = 0,
     max_tokens: int = 0,
+    positions: Positions = "in-cache",
+    documents: Literal["one-stream", "reset"] = "one-stream",
+    window: int = 0,
+    stride: int = 1,
+    sample: int = 0,
     replace_initial: str = "",
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32",
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    block: int = 1024,
-    batch: int = 8,
+    block: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Streaming perplexity of a model over a long text.
@@ -152,21 +67,26 @@ def stream(
     Settings that the results file in --out already holds for the same model and tokens are not computed again.
 
     Args:
-        model: run directory, checkpoint or weights file, or Hugging Face GPT-NeoX folder.
+        model: run directory, checkpoint or weights file; or a Hugging Face folder or Hub name of a GPT-NeoX (Pythia),
+            Llama, Mistral, Qwen2, Qwen3, Falcon, MPT or GPT-2 model.
         tokens: a .npy file of token ids, or a folder written by ``sinkpretrain prepare``.
         text: text to tokenize with the model's tokenizer instead: a file or folder, as ``prepare`` takes.
         cache: cache settings x+y, separated by commas: x initial positions (sink tokens included), y recent ones.
         strategy: streaming, window (0+y), dense, recompute, token-loop; several separated by commas.
-        out: folder for results.json and one folder with nll.npy per setting.
+        out: folder for results.json, stream.png and one folder with nll.npy per setting.
         split: split of a prepared folder; by default validation if there is one, else train.
-        window: tokens per window of the strategies window and recompute; by default the largest cache.
         max_tokens: use only so many tokens from the start; 0 means all.
+        positions: of keys and queries: slots in the cache as in StreamingLLM, or absolute places in the text.
+        documents: one stream over all of them, or a reset: every document begins with an empty cache (and sink tokens).
+        window: tokens per window of the strategies window and recompute; by default the largest cache.
+        stride: recompute scores the last so many tokens of each window; the cost falls by as much.
+        sample: recompute so many windows at random places only, with a standard error; 0 means all.
         replace_initial: a token id, or a text of one token ("\\n"): evaluate each cache with initial positions a second
             time with this token in place of the text's first x.
         dtype: of weights and activations; losses are computed in float32 in any case.
         device: where to compute.
-        block: tokens per forward; changes speed and memory, not the numbers.
-        batch: windows per forward of the strategy recompute.
+        block: tokens per forward; changes speed and memory, not the numbers. 0 chooses for the device; a GPU that runs
+            short of memory gets less.
         progress: show a progress bar.
 
     Returns:
@@ -174,61 +94,243 @@ def stream(
 
     Raises:
         UserError: model or text cannot be read, do not fit each other, or the text is too short for a cache.
+        KeyboardInterrupt: Ctrl-C, with a sentence on what is finished.
     """
     if not out:
         raise UserError("--out is missing; name a folder for the results.")
-    loaded = load_model(model)
-    ids, about_tokens = read_ids(tokens, text, split, max_tokens, loaded)
-    initial = one_token(replace_initial, loaded) if replace_initial else None
-    settings = settings_for(loaded.model, cache, strategy, window or None, initial)
-    check_ids(ids, settings, loaded)
+    if block < 0:
+        raise UserError(f"--block {block} is negative; give a number of tokens, or 0 to choose for the device.")
     where = choose_device(device)
-    if block < 1 or batch < 1:
-        raise UserError("--block and --batch must be at least 1.")
-    # float32 means float32: no tf32 products, whatever ran in this process before.
-    torch.set_float32_matmul_precision("highest")
-    net = loaded.model.to(where, DTYPES[dtype])
+    loaded = load_model(model, DTYPES[dtype])
+    given = read_text(tokens, text, split, max_tokens, loaded)
+    check_ids(given.ids, loaded)
+    initial = one_token(replace_initial, loaded) if replace_initial else None
+    resets = documents == "reset"
+    settings = settings_for(loaded.model, Wanted(cache, strategy, window, stride, sample, positions, resets, initial))
+    reading = Reading.of(given, resets, loaded)
+    check_length(settings, loaded.model, len(given.ids), reading.longest)
+    _say_windows(loaded)
     folder = Path(out)
-    results = open_results(folder, loaded, about_tokens)
-    results |= {"convention": CONVENTION, "positions": "in-cache", "dtype": dtype, **provenance(where)}
-    for setting in settings:
-        if setting.name in results["settings"] and results["settings"][setting.name]["dtype"] == dtype:
-            continue
-        if where.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(where)
-        started = time.perf_counter()
-        with ProgressBar(f"{loaded.name} {setting.name}", len(ids) - 1, "tokens", progress) as bar:
-            nll = setting.run(net, ids, block, batch, bar.update)
-            bar.update(len(ids) - 1, f"perplexity {perplexity(nll):.2f}")
-        seconds = time.perf_counter() - started
-        results["settings"][setting.name] = summary(setting, nll, seconds, where) | {"dtype": dtype}
-        path = folder / setting.name / "nll.npy"
-        write_atomically(path, lambda p, nll=nll: _save_npy(p, nll))  # type: ignore[misc]
+    results = open_results(folder, loaded, given)
+    about = {"dtype": dtype, **provenance(where)}
+    results |= {"convention": CONVENTION, **about}
+    missing = [s for s in settings if results["settings"].get(s.name, {}).get("dtype") != dtype]
+    if missing:
+        # float32 means float32: no tf32 products, whatever ran in this process before.
+        torch.set_float32_matmul_precision("highest")
+        with device_memory(where, f"{loaded.name} in {dtype}"):
+            loaded.model.to(where)
+    size = BlockSize(block) if block else BlockSize.default(where)
+    for number, setting in enumerate(missing):
+        entry, nll = _evaluate(setting, loaded, reading, size, where, progress, f"{number + 1}/{len(missing)}", out)
+        write_atomically(folder / setting.name / "nll.npy", lambda p, nll=nll: _save_npy(p, nll))  # type: ignore[misc]
+        results["settings"][setting.name] = entry | {k: about[k] for k in ("dtype", "device", "commit")}
         write_json(folder / RESULTS, results)
+    results["differences"] = differences(results["settings"], folder)
+    write_json(folder / RESULTS, results)
+    _draw(results, folder, reading)
     return results
 
 
-def summary(setting: Setting, nll: Losses, seconds: float, device: torch.device) -> dict[str, Any]:
-    """The numbers of one setting, perplexities with a 95 % interval from a bootstrap over blocks of the text."""
-    late = nll[setting.beyond :]
-    low, high = block_bootstrap(nll)
+@dataclass(frozen=True)
+class Reading:
+    """How a text is read.
+
+    parts: documents, each with an empty cache; None: one stream.
+    longest: tokens read in one go.
+    """
+
+    ids: NDArray[np.integer]
+    parts: list[slice] | None
+    longest: int
+
+    @classmethod
+    def of(cls, text: Text, resets: bool, loaded: LoadedModel) -> Reading:
+        """Raises UserError if documents are asked for and nobody knows where they end."""
+        if not resets:
+            return cls(text.ids, None, len(text.ids))
+        if text.bounds is None:
+            raise UserError(
+                f"--documents reset needs to know where documents end, but {loaded.name} comes without a tokenizer "
+                "that says so; give a folder written by prepare."
+            )
+        # What a tokenizer puts in front of a document is its beginning; else it is the token that ended the last one.
+        parts = parts_of(text.ids, text.bounds, None if text.opens else text.end)
+        return cls(text.ids, parts, max((p.stop - p.start for p in parts), default=0))
+
+    def places(self) -> NDArray[np.int64]:
+        """How many tokens have been read before token i since the cache was last empty, int64 [tokens - 1]."""
+        places = np.arange(len(self.ids) - 1)
+        for part in self.parts or ():
+            places[part.start : part.stop - 1] -= part.start
+        return places
+
+
+def _evaluate(
+    setting: Setting,
+    loaded: LoadedModel,
+    reading: Reading,
+    size: BlockSize,
+    where: torch.device,
+    progress: bool,
+    number: str,
+    out: str,
+) -> tuple[dict[str, Any], Losses]:
+    """One setting: its entry in the results, and its losses."""
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+    total = len(reading.ids) - 1
+    if setting.sample:
+        total = min(total, setting.sample * setting.stride)
+    started = time.perf_counter()
+    with ProgressBar(f"{loaded.name} {setting.name} ({number})", total, "tokens", progress) as bar:
+
+        def advance(done: int) -> None:
+            bar.update(done, f"{done / (time.perf_counter() - started):,.0f} tokens/s")
+
+        try:
+            nll = setting.run(loaded.model, reading.ids, reading.parts, size, advance)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"stopped in {setting.name} after {bar.done:,} of {total:,} tokens; the settings before it are in "
+                f"{out}, and the same command goes on with this one."
+            ) from None
+        seconds = time.perf_counter() - started
+        bar.update(total, f"perplexity {perplexity(nll[np.isfinite(nll)]):.2f}")
+    entry = summary(setting, nll, reading, seconds)
+    return entry | {"block": size.tokens, "peak_memory_bytes": peak_memory(where)}, nll
+
+
+def summary(setting: Setting, nll: Losses, reading: Reading, seconds: float) -> dict[str, Any]:
+    """The numbers of one setting, perplexities with a 95 % interval; see ``mean_interval``."""
+    scored = np.isfinite(nll)
+    beyond = nll[scored & (reading.places() >= setting.beyond)]
+    low, high, error = mean_interval(nll[scored], setting.stride if setting.sample else None)
     return {
         "strategy": setting.strategy,
         "start": setting.cache.start if setting.cache else None,
         "recent": setting.cache.recent if setting.cache else None,
         "window": setting.window,
+        "stride": setting.stride if setting.window else None,
+        "sample": setting.sample or None,
+        "positions": setting.positions if setting.cache else None,
+        "documents": len(reading.parts) if reading.parts is not None else None,
         "column": setting.column,
         "initial": setting.initial,
-        "ppl": perplexity(nll),
-        "nll": float(nll.mean(dtype=np.float64)),
-        "ppl_beyond_cache": perplexity(late) if len(late) and setting.beyond else None,
+        "ppl": perplexity(nll[scored]),
+        "nll": float(nll[scored].mean(dtype=np.float64)),
+        "ppl_beyond_cache": perplexity(beyond) if len(beyond) and setting.beyond else None,
         "interval": [exponential(low), exponential(high)],
-        "scored": len(nll),
+        "standard_error": error,
+        "scored": int(scored.sum()),
         "seconds": round(seconds, 3),
-        "tokens_per_second": round(len(nll) / seconds, 1),
-        "peak_memory_bytes": peak_memory(device),
+        "tokens_per_second": round(int(scored.sum()) / seconds, 1),
         "file": f"{setting.name}/nll.npy",
     }
+
+
+def mean_interval(values: NDArray[np.floating], window: int | None = None) -> tuple[float, float, float | None]:
+    """95 % interval of a mean over text, and its standard error where that is known.
+
+    Args:
+        values: losses, or differences of such, in the order of the text.
+        window: values per window, where windows were drawn at random: they are independent of each other, so that
+            Student's t serves. None: a bootstrap over blocks of the text.
+    """
+    if window is None:
+        return (*block_bootstrap(values), None)
+    means = [float(part.mean(dtype=np.float64)) for part in np.split(values, range(window, len(values), window))]
+    interval = t_interval(means)
+    assert interval is not None
+    return (*interval, float(np.std(means, ddof=1)) / len(means) ** 0.5)
+
+
+def differences(settings: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Mean loss of each setting minus that of another, nats, over the tokens that both score, with a 95 % interval.
+
+    The other one is ``reference``'s; pairing removes what is hard for both.
+    """
+    losses: dict[str, Losses] = {}
+
+    def of(name: str) -> Losses:
+        if name not in losses:
+            losses[name] = np.load(folder / settings[name]["file"])
+        return losses[name]
+
+    found = []
+    for name, entry in settings.items():
+        against = reference(entry, settings)
+        if against is None or against == name:
+            continue
+        both = np.isfinite(of(name)) & np.isfinite(of(against))
+        if not both.any():
+            continue
+        ours, theirs = of(name)[both].astype(np.float64), of(against)[both]
+        low, high, _ = mean_interval(ours - theirs, entry["stride"] if entry["sample"] else None)
+        found.append(
+            {
+                "setting": name,
+                "against": against,
+                "nats": float((ours - theirs).mean()),
+                "interval": [low, high],
+            }
+        )
+    return found
+
+
+def reference(entry: dict[str, Any], settings: dict[str, Any]) -> str | None:
+    """The setting that another one is compared with: of the caches as large, the one with most initial positions.
+
+    Where none is as large, the largest; documents treated alike and positions in the cache come first. A column left
+    out or tokens replaced make no reference. None: there is no cache.
+    """
+    size = entry["window"] or (entry["recent"] or 0) + (entry["start"] or 0)
+
+    def fit(name: str) -> tuple[Any, ...]:
+        other = settings[name]
+        as_large = other["start"] + other["recent"]
+        return (
+            (other["documents"] is None) == (entry["documents"] is None),
+            as_large == size,
+            other["positions"] == "in-cache",
+            as_large if as_large != size else 0,
+            other["start"],
+        )
+
+    caches = [
+        name
+        for name, other in settings.items()
+        if other["strategy"] in ("streaming", "window") and other["column"] != "dropped" and other["initial"] is None
+    ]
+    return max(caches, key=fit, default=None)
+
+
+def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
+    """Results for the eye: names of columns, a row per setting, and what the column of changes is against."""
+    against = {d["setting"]: d for d in results["differences"]}
+    references = sorted({d["against"] for d in against.values()})
+    rows = []
+    for name, s in results["settings"].items():
+        change, text = against.get(name), ""
+        if change:
+            low, high = map(_percent, change["interval"])
+            text = f"{_percent(change['nats'])} % ({low} to {high})"
+            text += f" against {change['against']}" if len(references) > 1 else ""
+        beyond = _number(s["ppl_beyond_cache"]) if s["ppl_beyond_cache"] else ""
+        interval = " - ".join(map(_number, s["interval"]))
+        rows.append([name, _number(s["ppl"]), interval, beyond, text, f"{s['tokens_per_second']:,.0f}"])
+    head = ["setting", "perplexity", "95 %", "beyond the cache", "change", "tokens/s"]
+    note = f"change: of the perplexity against {' and '.join(references)}, over the same tokens" if references else ""
+    return head, rows, note
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 1e4 else f"{value:,.0f}" if value < 1e7 else f"{value:.1e}"
+
+
+def _percent(nats: float) -> str:
+    value = 100 * math.expm1(min(nats, 50.0))
+    return f"{value:+.2f}" if abs(value) < 1000 else f"{value:+,.0f}" if abs(value) < 1e7 else f"{value:+.0e}"
 
 
 def perplexity(nll: Losses) -> float:
@@ -246,60 +348,7 @@ def _save_npy(path: Path, values: Losses) -> None:
         np.save(file, values.astype(np.float32))
 
 
-# --- what is read -------------------------------------------------------------------------------------------------
-
-
-def read_ids(tokens: str, text: str, split: str, max_tokens: int, loaded: LoadedModel) -> tuple[Ids, dict[str, Any]]:
-    """Token ids [tokens] and what a result must say about them; raises UserError."""
-    if bool(tokens) == bool(text):
-        raise UserError("give either --tokens (a .npy file or prepared folder) or --text (files to tokenize).")
-    ids = _ids_from_text(text, loaded) if text else _ids_from_file(Path(tokens), split, loaded)
-    if max_tokens:
-        ids = ids[:max_tokens]
-    # Hash of the ids themselves, so that the same text is the same text whatever file it came from.
-    digest = hashlib.sha256()
-    for start in range(0, len(ids), 1 << 20):
-        digest.update(np.ascontiguousarray(ids[start : start + (1 << 20)], dtype="<i8").tobytes())
-    return ids, {"path": tokens or text, "sha256": digest.hexdigest(), "count": len(ids)}
-
-
-def _ids_from_file(path: Path, split: str, loaded: LoadedModel) -> Ids:
-    if path.is_dir():
-        from sinkpretrain.tokens import Manifest, open_split
-
-        manifest = Manifest.load(path)
-        if loaded.tokenizer_sha256 not in (None, manifest.tokenizer_sha256):
-            raise UserError(
-                f"{path} was prepared with another tokenizer than {loaded.name} was trained with; "
-                "prepare the text with the model's tokenizer."
-            )
-        return open_split(path, split or ("validation" if "validation" in manifest.splits else "train")).tokens
-    try:
-        ids: Ids = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read token ids from {path}: {error}") from error
-    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise UserError(f"{path} holds {ids.dtype} of shape {ids.shape}, not a list of token ids.")
-    return ids
-
-
-def _ids_from_text(text: str, loaded: LoadedModel) -> Ids:
-    """All documents of the files, an end-of-document token behind each, as in training."""
-    from data_prep.sources import HubOptions, resolve
-    from data_prep.tokenizer import load_tokenizer
-
-    if loaded.tokenizer is None:
-        raise UserError(f"{loaded.name} comes without a tokenizer; give its token ids with --tokens.")
-    file = load_tokenizer(str(loaded.tokenizer))
-    tokenizer, end = file.load(), file.eod_id()
-    parts = [
-        np.array([*tokenizer.encode("".join(document.blocks), add_special_tokens=False).ids, end], dtype=np.int64)
-        for unit in resolve(text, "text", HubOptions()).units
-        for document in unit.documents()
-    ]
-    if not parts:
-        raise UserError(f"{text} holds no text.")
-    return np.concatenate(parts)
+# --- what is read and written -------------------------------------------------------------------------------------
 
 
 def one_token(text: str, loaded: LoadedModel) -> int:
@@ -326,30 +375,46 @@ def one_token(text: str, loaded: LoadedModel) -> int:
     return ids[0]
 
 
-def check_ids(ids: Ids, settings: list[Setting], loaded: LoadedModel) -> None:
-    """Refuse ids that the model does not know and texts that no cache would have to evict from."""
-    config = loaded.model.config
-    highest, lowest = int(ids.max(initial=0)), int(ids.min(initial=0))
-    if highest >= config.tokenizer_size or lowest < 0:
-        wrong = highest if highest >= config.tokenizer_size else lowest
-        raise UserError(
-            f"the text holds the token id {wrong}, but {loaded.name} knows the ids 0 .. {config.tokenizer_size - 1}; "
-            "tokenize it with the model's own tokenizer."
+def _say_windows(loaded: LoadedModel) -> None:
+    windows = sorted({w for w in loaded.model.windows if w is not None})
+    if windows:
+        layers = sum(w is not None for w in loaded.model.windows)
+        warnings.warn(
+            f"{loaded.name} attends within a window of {', '.join(f'{w:,}' for w in windows)} positions in {layers} of "
+            f"{len(loaded.model.windows)} layers, also here.",
+            stacklevel=2,
         )
-    for setting in settings:
-        if len(ids) <= max(1, setting.beyond):
-            raise UserError(
-                f"the text has {len(ids):,} tokens, too few for {setting.name}; give a longer text or a smaller cache."
-            )
 
 
-def open_results(folder: Path, loaded: LoadedModel, tokens: dict[str, Any]) -> dict[str, Any]:
+def open_results(folder: Path, loaded: LoadedModel, text: Text) -> dict[str, Any]:
     """The results so far, or empty ones; raises UserError if the folder holds another model's or text's."""
-    model = loaded.provenance()
+    model, tokens = loaded.provenance(), text.about()
     path = folder / RESULTS
     if not path.is_file():
         return {"format": FORMAT, "model": model, "tokens": tokens, "settings": {}}
     old: dict[str, Any] = read_json(path)
+    if not isinstance(old, dict) or old.get("format") != FORMAT:
+        raise UserError(f"{path} is not of this release of sinkpretrain stream; choose another --out.")
     if old["model"]["sha256"] != model["sha256"] or old["tokens"]["sha256"] != tokens["sha256"]:
         raise UserError(f"{folder} holds results of another model or text; choose another --out.")
+    # A setting whose losses are gone is computed again.
+    old["settings"] = {name: e for name, e in old["settings"].items() if (folder / e["file"]).is_file()}
     return old
+
+
+def _draw(results: dict[str, Any], folder: Path, reading: Reading) -> None:
+    from sinkpretrain.figures import save_figure, settings_figure
+
+    settings = results["settings"]
+    losses = {name: np.load(folder / entry["file"]) for name, entry in settings.items()}
+    chosen = Counter(entry["against"] for entry in results["differences"]).most_common(1)
+    sizes = {entry["start"] + entry["recent"] for entry in settings.values() if entry["start"] is not None}
+    per_document = all(entry["documents"] for entry in settings.values())
+    figure = settings_figure(
+        losses,
+        reading.places() if per_document else np.arange(len(reading.ids) - 1),
+        chosen[0][0] if chosen else None,
+        sorted(sizes),
+        "tokens read of the document" if per_document else "tokens read",
+    )
+    save_figure(figure, folder / FIGURE)

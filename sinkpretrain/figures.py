@@ -67,8 +67,9 @@ Curve = tuple[list[int], list[float]]
 def running_perplexity(nll: NDArray[np.floating], points: int = 200) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Token positions and the perplexity of all tokens up to there, for losses [tokens]."""
     ends = np.unique(np.geomspace(min(16, len(nll)), len(nll), points).astype(np.int64))
-    sums = np.cumsum(nll, dtype=np.float64)[ends - 1]
-    return ends.astype(np.float64), np.exp(np.minimum(sums / ends, 700.0))
+    scored = np.cumsum(np.isfinite(nll))[ends - 1]
+    sums = np.nancumsum(nll, dtype=np.float64)[ends - 1]
+    return ends.astype(np.float64), np.exp(np.minimum(sums / np.maximum(scored, 1), 700.0))
 
 
 def running_change(
@@ -76,8 +77,10 @@ def running_change(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Token positions, and by how many per cent the perplexity of all tokens up to there differs from another's."""
     ends = np.unique(np.geomspace(min(256, len(nll)), len(nll), points).astype(np.int64))
-    sums = np.cumsum(nll.astype(np.float64) - base)[ends - 1]
-    return ends.astype(np.float64), 100 * np.expm1(np.minimum(sums / ends, 100.0))
+    difference = nll.astype(np.float64) - base
+    scored = np.cumsum(np.isfinite(difference))[ends - 1]
+    sums = np.nancumsum(difference)[ends - 1]
+    return ends.astype(np.float64), 100 * np.expm1(np.minimum(sums / np.maximum(scored, 1), 100.0))
 
 
 def series(number: int) -> dict[str, Any]:
@@ -170,6 +173,109 @@ def _position_figure(
         axis.set_visible(False)
     legend_below(figure, lines, columns)
     return figure, list(axes.flat[: len(panels)])
+
+
+@styled
+def settings_figure(
+    losses: Mapping[str, NDArray[np.floating]],
+    places: NDArray[np.int64],
+    reference: str | None,
+    sizes: Sequence[int],
+    label: str,
+) -> Figure:
+    """Perplexity at a position, one line per setting of one model, and its change against one of them.
+
+    As figures 3 and 5 of StreamingLLM (arXiv 2309.17453), but at a position and not up to it: a collapse shows where
+    it happens. Means over stretches of the text, which on a logarithmic axis grow with the position.
+
+    Args:
+        losses: of each setting, [tokens - 1]; NaN where there is none.
+        places: how many tokens had been read before each, [tokens - 1].
+        reference: the setting of the second panel; None: there is only one panel.
+        sizes: of the caches, marked where they are full.
+        label: of the axis of positions.
+    """
+    last = int(places.max()) + 1
+    logarithmic = last > 12 * max(sizes, default=last)
+    spaced = np.geomspace(min(16, last), last, 40) if logarithmic else np.linspace(0, last, 41)[1:]
+    edges = np.unique(spaced.astype(np.int64))
+    middle = (edges + np.append(0, edges[:-1])) / 2
+    figure = Figure(figsize=(9.4 if reference else 5.6, 4.6), layout="constrained")
+    axes = figure.subplots(1, 2 if reference else 1, squeeze=False)[0]
+    lines = []
+    for number, (name, nll) in enumerate(losses.items()):
+        mean = float(np.nanmean(nll, dtype=np.float64))
+        (line,) = axes[0].plot(
+            middle, np.exp(np.minimum(_stretches(nll, places, edges), 700.0)), **_marked(number, edges, nll)
+        )
+        line.set_label(f"{name}: {_perplexity(np.exp(min(mean, 700.0)))}")
+        lines.append(line)
+        if reference and name != reference:
+            change = 100 * np.expm1(np.minimum(_stretches(nll - losses[reference], places, edges), 100.0))
+            axes[1].plot(middle, change, **_marked(number, edges, nll))
+    axes[0].set_ylabel("perplexity")
+    _readable_scale(axes[0])
+    if reference:
+        axes[1].set_ylabel(f"change of perplexity against {reference}, %")
+        values = np.concatenate([line.get_ydata() for line in axes[1].lines] or [np.zeros(1)])
+        if np.nanmax(np.abs(values)) > 50:
+            axes[1].set_yscale("symlog", linthresh=1)
+            axes[1].set_ylim(min(-1.0, 2 * np.nanmin(values)), 2 * np.nanmax(values))
+        axes[1].yaxis.set_major_formatter(FuncFormatter(lambda v, _: _signed(v)))
+        axes[1].axhline(0, color=INK, linewidth=0.8)
+    for axis in axes:
+        if logarithmic:
+            axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
+        axis.set_xlabel(label)
+        for size in sizes:
+            if size < last:
+                axis.axvline(size, color=INK, linewidth=0.9, linestyle=(0, (1, 3)))
+        tidy(axis)
+    axes[0].set_title("perplexity; dotted: the cache is full" if any(size < last for size in sizes) else "perplexity")
+    if reference:
+        axes[1].set_title(f"the same as a change against {reference}")
+    figure.legend(
+        handles=lines, loc="outside lower center", ncols=min(4 if reference else 2, len(lines)), frameon=False
+    )
+    return figure
+
+
+def _stretches(
+    values: NDArray[np.floating], places: NDArray[np.int64], edges: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Mean of the values whose place lies below each edge and not below the one before; NaN where there are none."""
+    there = np.isfinite(values)
+    bins = np.searchsorted(edges, places[there], side="right")
+    sums = np.bincount(bins, weights=values[there].astype(np.float64), minlength=len(edges) + 1)
+    counts = np.bincount(bins, minlength=len(edges) + 1)
+    with np.errstate(invalid="ignore"):
+        means: NDArray[np.float64] = (sums / counts)[: len(edges)]
+    return means
+
+
+def _marked(number: int, edges: NDArray[np.int64], nll: NDArray[np.floating]) -> dict[str, Any]:
+    """How a setting's line looks: points where few tokens were scored, for lines between them would mislead."""
+    sparse = np.isfinite(nll).sum() < len(nll) // 2
+    return series(number) | {"linewidth": 1.5} | ({"marker": "o", "markersize": 3.5, "linestyle": ""} if sparse else {})
+
+
+def _readable_scale(axis: Axes) -> None:
+    """Logarithmic where values differ by several times, with enough numbers on it."""
+    low, high = axis.get_ylim()
+    values = np.concatenate([line.get_ydata() for line in axis.lines])
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _perplexity(v)))
+    if high > 4 * low:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
+        labelled = "25" if high > 30 * low else "23457"
+        axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: _tick(v) if f"{v:.0e}"[0] in labelled else ""))
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else _tick(value)
 
 
 def _signed(value: float) -> str:

@@ -14,9 +14,10 @@ from torch import Tensor
 from sinkpretrain import metrics
 from sinkpretrain.device import choose_device
 from sinkpretrain.errors import UserError
-from sinkpretrain.evaluate import DTYPES, check_ids, read_ids
+from sinkpretrain.evaluate import DTYPES
 from sinkpretrain.figures import save_figure
 from sinkpretrain.files import write_json
+from sinkpretrain.given_text import check_ids, read_text
 from sinkpretrain.inspect_figures import emergence_figure, heads_figure, layers_figure, maps_figure
 from sinkpretrain.language import LanguageModel
 from sinkpretrain.load import LoadedModel, load_model, numbered
@@ -103,26 +104,26 @@ def inspect_model(
     maps = parse_maps(layers, heads, loaded)
     if other is not None:
         check_maps(maps, other)
-    ids, about_tokens = read_ids(tokens, text, split, 0, loaded)
-    check_ids(ids, [], loaded)
+    given = read_text(tokens, text, split, 0, loaded)
+    check_ids(given.ids, loaded)
     torch.set_float32_matmul_precision("highest")
     sizes = {"samples": samples, "length": length, "long": long}
-    found = [inspect_loaded(loaded, ids, maps, sizes, where, dtype)]
+    found = [inspect_loaded(loaded, given.ids, maps, sizes, where, dtype)]
     if other is not None:
-        other_ids, _ = read_ids(tokens, text, split, 0, other)
-        check_ids(other_ids, [], other)
+        other_ids = read_text(tokens, text, split, 0, other).ids
+        check_ids(other_ids, other)
         found.append(inspect_loaded(other, other_ids, maps, sizes, where, dtype))
     results = {
         "what": "inspect",
         "format": 1,
         "model": loaded.provenance(),
-        "tokens": about_tokens,
+        "tokens": given.about(),
         **found[0],
         "beside": None if other is None else {"model": other.provenance(), **found[1]},
         "dtype": dtype,
         **provenance(where),
     }
-    lines = emergence(weights, ids, sizes, where, progress) or probes(Path(model))
+    lines = emergence(weights, given.ids, sizes, where, progress) or probes(Path(model))
     if lines:
         results["emergence"] = {
             "from": "checkpoints" if weights else "metrics.jsonl",

@@ -48,9 +48,13 @@ def block_bootstrap(
 def paired_difference(
     a: NDArray[np.floating], b: NDArray[np.floating], block: int = BLOCK, draws: int = 1000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Mean of ``a - b`` over the same tokens with its 95 % interval; pairing removes what is hard for both."""
+    """Mean of ``a - b`` over the same tokens with its 95 % interval; pairing removes what is hard for both.
+
+    A token that one of them lacks (NaN) is left out.
+    """
     assert a.shape == b.shape, (a.shape, b.shape)
     difference = a.astype(np.float64) - b.astype(np.float64)
+    difference = difference[~np.isnan(difference)]
     return (float(difference.mean()), *block_bootstrap(difference, block, draws, seed))
 
 

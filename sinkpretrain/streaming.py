@@ -14,8 +14,7 @@ Letters of the axes: B batch, H heads, T queries of a block, S keys, D dimension
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,7 +49,7 @@ def stream_nll(
     block: int | BlockSize = 1024,
     drop_column: bool = False,
     positions: Positions = "in-cache",
-    end: int | None = None,
+    parts: Sequence[slice] | None = None,
     kernel: Kernel | None = None,
     advance: Advance | None = None,
 ) -> Losses:
@@ -65,13 +64,14 @@ def stream_nll(
         block: tokens per forward; any value gives the same numbers.
         drop_column: leave the mechanism's softmax column out ("drop the +1 at test time").
         positions: where a query stands towards the first x keys.
-        end: the id at the end of a document, where the stream is to begin anew; None: one stream over everything.
+        parts: of the text (``documents``), each read with an empty cache; None: one stream over everything. A token
+            that is no part's second or later one has the loss NaN.
         kernel: of ``sinkpretrain.band``; by default the fastest one.
     """
     size = block if isinstance(block, BlockSize) else BlockSize(block)
-    nll = np.empty(len(ids) - 1, dtype=np.float32)
+    nll = np.full(len(ids) - 1, np.nan, dtype=np.float32)
     done = 0
-    for group in batches(documents(ids, end), size.tokens):
+    for group in batches(parts or [slice(0, len(ids))], size.tokens):
         banded = BandedAttention(model, cache, drop_column, positions, kernel)
         for places, losses in _read_together(model, [ids[d] for d in group], banded, size):
             starts = np.array([d.start for d in group])
@@ -83,18 +83,18 @@ def stream_nll(
     return nll
 
 
-def documents(ids: Ids, end: int | None) -> list[slice]:
-    """Where documents lie: from the end-of-document token before one, its first context, up to its own.
+def documents(ids: Ids, bounds: NDArray[np.int64], end: int | None) -> list[slice]:
+    """The part of the text that is read for each document, ``[bounds[d], bounds[d + 1])``.
 
-    Neighbours share that token, so every token but the very first is scored once.
+    It begins with the end-of-document token ``end`` before the document, where there is one: as in training, that is
+    the context of the first token. Neighbours then share it, so that every token but the text's first is scored once.
     """
-    if end is None:
-        return [slice(0, len(ids))]
-    bounds = np.unique(np.concatenate(([0], np.flatnonzero(np.asarray(ids) == end), [len(ids) - 1])))
-    return [slice(int(a), int(b) + 1) for a, b in itertools.pairwise(bounds)]
+    before = np.maximum(bounds[:-1] - 1, 0)
+    starts = np.where(np.asarray(ids[before]) == end, before, bounds[:-1])
+    return [slice(int(a), int(b)) for a, b in zip(starts, bounds[1:], strict=True) if b - a > 1]
 
 
-def batches(found: list[slice], tokens: int) -> Iterator[list[slice]]:
+def batches(found: Sequence[slice], tokens: int) -> Iterator[list[slice]]:
     """Documents of about the same length together, as many as have room in a forward of ``tokens``."""
     group: list[slice] = []
     for document in sorted(found, key=lambda d: d.stop - d.start, reverse=True):
@@ -163,7 +163,7 @@ def token_loop_nll(
     *,
     drop_column: bool = False,
     positions: Positions = "in-cache",
-    end: int | None = None,
+    parts: Sequence[slice] | None = None,
     advance: Advance | None = None,
 ) -> Losses:
     """The definition of streaming, one forward per token: what ``stream_nll`` must equal.
@@ -171,11 +171,15 @@ def token_loop_nll(
     Keys are cached without rotation; in each step the cache and the new key get the slots 0, 1, ... (or their places
     in the text), the query the last one; then the key after the first x is evicted if there are more than x + y.
     """
-    if end is not None:
-        parts = [ids[d] for d in documents(ids, end)]
-        return np.concatenate(
-            [token_loop_nll(model, part, cache, drop_column=drop_column, positions=positions) for part in parts]
-        )
+    if parts is not None:
+        nll, done = np.full(len(ids) - 1, np.nan, dtype=np.float32), 0
+        for part in parts:
+            of_part = token_loop_nll(model, ids[part], cache, drop_column=drop_column, positions=positions)
+            nll[part.start : part.stop - 1] = of_part
+            done += len(of_part)
+            if advance:
+                advance(done)
+        return nll
     device = model.embed.weight.device
     kept: list[tuple[Tensor, Tensor] | None] = [None] * model.config.n_layer
     text_S = torch.zeros(0, dtype=torch.int64, device=device)  # places in the text of all keys, the query's last
@@ -186,7 +190,8 @@ def token_loop_nll(
             k, v = torch.cat((old[0], k), dim=2), torch.cat((old[1], v), dim=2)
         slots = torch.arange(k.shape[2], device=device)
         places = slots if positions == "in-cache" else text_S
-        q_place, k_place = rotate(q, *model.rope(places[-1:])), rotate(k, *model.rope(places))
+        angles = places if positions == "in-cache" else places.double()  # places in a long text are large
+        q_place, k_place = rotate(q, *model.rope(angles[-1:])), rotate(k, *model.rope(angles))
         seen = Seen.of(model, model.windows[layer], places[-1:, None], places)
         column = None if drop_column else sink.column(q_place, seen.visible.sum(-1))
         weights, mass = attention_weights(q_place, k_place, column, seen.bias, sink.weigher)
@@ -218,10 +223,16 @@ def token_loop_nll(
 
 
 def dense_nll(
-    model: LanguageModel, ids: Ids, *, block: int | BlockSize = 1024, advance: Advance | None = None
+    model: LanguageModel,
+    ids: Ids,
+    *,
+    block: int | BlockSize = 1024,
+    parts: Sequence[slice] | None = None,
+    advance: Advance | None = None,
 ) -> Losses:
     """Every query sees every earlier token, at its place in the text; memory grows with the text."""
-    return stream_nll(model, ids, Cache(0, len(ids) + len(model.prefix_ids)), block=block, advance=advance)
+    everything = Cache(0, len(ids) + len(model.prefix_ids))
+    return stream_nll(model, ids, everything, block=block, parts=parts, advance=advance)
 
 
 @torch.inference_mode()
@@ -233,17 +244,19 @@ def recompute_nll(
     stride: int = 1,
     sample: int = 0,
     block: int | BlockSize = 8192,
+    parts: Sequence[slice] | None = None,
     advance: Advance | None = None,
 ) -> Losses:
     """Sliding window with re-computation: a fresh forward over the last ``window`` tokens for every token.
 
-    The sinks stand at the front of every window and count into it. Costs ``window`` times the dense forward, windows
-    side by side in a forward of about ``block`` tokens.
+    The sinks stand at the front of every window and count into it. Costs ``window / stride`` times the dense forward,
+    windows side by side in a forward of about ``block`` tokens.
 
     Args:
         stride: tokens from one window to the next; each window scores its last ``stride`` tokens.
-        sample: draw so many of the windows behind the first one, at random but always the same; the tokens that no
-            drawn window scores have the loss NaN. 0: all windows.
+        sample: draw so many of the windows that are full (all but a stream's first), at random but always the same
+            ones; the tokens that no drawn window scores have the loss NaN. 0, or more than there are: all windows.
+        parts: see ``stream_nll``; no window reaches beyond its part.
     """
     size = block if isinstance(block, BlockSize) else BlockSize(block)
     n_prefix = len(model.prefix_ids)
@@ -253,50 +266,46 @@ def recompute_nll(
             f"a window of {window} has no room for {stride} scored tokens behind {n_prefix} sink tokens; "
             "enlarge --window or lower --stride."
         )
-    # A window ends at (and does not include) a token; causality lets the first one score all of its tokens.
-    ends = np.append(np.arange(text, len(ids) - 1, stride), len(ids) - 1)
-    counts = np.diff(ends, prepend=0)
-    if sample and sample < len(ends) - 1:
-        drawn = 1 + np.sort(np.random.default_rng(0).choice(len(ends) - 1, sample, replace=False))
-        ends, counts = ends[drawn], counts[drawn]
+    windows = _windows(parts or [slice(0, len(ids))], text, stride)
+    full = windows[windows[:, 2] - windows[:, 0] >= text - stride]
+    if 0 < sample < len(full):
+        windows = full[np.sort(np.random.default_rng(0).choice(len(full), sample, replace=False))]
     nll = np.full(len(ids) - 1, np.nan, dtype=np.float32)
-    done = 0
-    while done < len(ends):
-        n = 1 if counts[done] > stride else max(1, size.tokens // window)
-        tokens, targets = _windows(model.prefix_ids, ids, text, ends[done : done + n], counts[done : done + n])
+    done = tokens_done = 0
+    while done < len(windows):
+        longest = int(windows[done, 1] - windows[done, 0])
+        some = windows[done : done + max(1, size.tokens // (n_prefix + longest))]
+        first, scores = some[:, 0], some[:, 2]
+        tokens, targets = _block(model.prefix_ids, [ids[a : b + 1] for a, b, _ in some], 0, n_prefix + longest)
+        targets[first[:, None] + np.arange(-n_prefix, longest) < scores[:, None]] = NO_TARGET
 
         def forward(tokens: Any = tokens, targets: Any = targets) -> Tensor:
             hidden = model.hidden(upload(tokens, model.embed.weight.device))
-            return scored(model, hidden[:, -targets.shape[1] :], targets)
+            return scored(model, hidden, targets)
 
         losses = size.attempt(forward)
         if losses is None:
             continue
-        where = np.concatenate(
-            [np.arange(e - c, e) for e, c in zip(ends[done : done + n], counts[done : done + n], strict=True)]
-        )
+        row, column = np.nonzero(targets != NO_TARGET)
+        where = first[row] + column - n_prefix
         nll[where] = finite(losses.cpu().numpy(), where + 1)
-        done += len(tokens)
+        done += len(some)
+        tokens_done += len(where)
         if advance:
-            advance(int(ends[done - 1]))
+            advance(tokens_done)
     return nll
 
 
-def _windows(
-    prefix: tuple[int, ...], ids: Ids, text: int, ends: NDArray[np.int64], counts: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Tokens [windows, length] of the windows with these ends, and the targets of their last tokens."""
-    length = min(text, int(ends.min()))
-    places = ends[:, None] + np.arange(-length, 0)
-    own = np.broadcast_to(np.array(prefix, dtype=np.int64), (len(ends), len(prefix)))
-    tokens = np.concatenate((own, _take(ids, places)), axis=1)
-    widest = int(counts.max())
-    late = np.arange(-widest, 0)
-    targets = np.where(late >= -counts[:, None], _take(ids, ends[:, None] + late + 1), NO_TARGET)
-    return tokens, targets
+def _windows(parts: Sequence[slice], text: int, stride: int) -> NDArray[np.int64]:
+    """Windows of at most ``text`` tokens, int64 [windows, 3], the longest first.
 
-
-def _take(ids: Ids, places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``ids[places]``, reading no more of a file than it must."""
-    low = int(places.min())
-    return np.asarray(ids[low : int(places.max()) + 1], dtype=np.int64)[places - low]
+    Of each the first place that it reads, the place behind its last one, and the first whose next token it scores. As
+    attention is causal, the first window of a part scores all of its tokens.
+    """
+    found = []
+    for part in parts:
+        ends = np.append(np.arange(part.start + text, part.stop - 1, stride), part.stop - 1)
+        scores = np.append(part.start, ends[:-1])
+        found.append(np.stack((np.maximum(part.start, ends - text), ends, scores), axis=1))
+    windows = np.concatenate(found)
+    return windows[np.argsort(windows[:, 0] - windows[:, 1], kind="stable")]

@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import family_factory
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import MECHANISMS, TINY, peaked
 from data_factory import make_data
+from matplotlib.image import imread
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sinkpretrain.cache import Cache
+from sinkpretrain.cli import main
 from sinkpretrain.config import RunConfig, SinkConfig, save_yaml
 from sinkpretrain.errors import UserError
-from sinkpretrain.evaluate import one_token, perplexity, settings_for, stream
+from sinkpretrain.evaluate import one_token, perplexity, stream, table
 from sinkpretrain.load import load_model, save_weights
 from sinkpretrain.model import GPTNeoX
-from sinkpretrain.streaming import stream_nll, token_loop_nll
+from sinkpretrain.setting import Setting, Wanted, settings_for
+from sinkpretrain.streaming import dense_nll, documents, recompute_nll, stream_nll, token_loop_nll
 
 
 def make_run(folder: Path, sink: SinkConfig, tokenizer: Path | None = None) -> Path:
@@ -152,9 +157,10 @@ def test_bf16_stays_close_and_scores_in_fp32(run: Path, tokens: Path, tmp_path: 
 
 def test_strategies_and_their_settings() -> None:
     net = GPTNeoX(TINY)
-    names = [s.name for s in settings_for(net, "4+12,0+16,4+12", "streaming,window,dense,recompute,token-loop", None)]
+    every = "streaming,window,dense,recompute,token-loop"
+    names = [s.name for s in settings_for(net, Wanted("4+12,0+16,4+12", every))]
     assert names == ["4+12", "0+16", "dense", "recompute-16", "4+12-token-loop", "0+16-token-loop"]
-    assert [s.name for s in settings_for(net, "", "dense,recompute", None)] == ["dense", "recompute-64"]
+    assert [s.name for s in settings_for(net, Wanted(strategy="dense,recompute"))] == ["dense", "recompute-64"]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +173,14 @@ def test_strategies_and_their_settings() -> None:
         ({"tokens": "/nowhere.npy"}, "cannot read token ids from /nowhere.npy"),
         ({"text": "x.txt"}, "give either --tokens"),
         ({"out": ""}, "--out is missing"),
-        ({"block": 0}, "at least 1"),
+        ({"block": -1}, "--block -1 is negative"),
+        ({"stride": 0}, "--stride 0 is too small"),
+        ({"stride": 17, "strategy": "recompute"}, "no room for 17 scored tokens"),
+        ({"sample": 1, "strategy": "recompute"}, "too few for an error bar"),
+        ({"window": -3}, "--window -3 is negative"),
+        ({"max_tokens": -1}, "--max-tokens -1 is negative"),
+        ({"documents": "reset"}, "needs to know where documents end"),
+        ({"documents": "reset", "replace_initial": "3"}, "leave --documents reset out"),
         ({"device": "cuda"}, "torch sees no GPU"),
     ],
 )
@@ -191,3 +204,280 @@ def test_ids_outside_the_vocabulary_are_refused(run: Path, tmp_path: Path) -> No
 
 def test_perplexity_of_huge_losses_is_finite() -> None:
     assert perplexity(np.full(3, 1000, dtype=np.float32)) < float("inf")
+
+
+# --- positions, documents, windows ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("families")
+    return {name: family_factory.save(family_factory.build(name), folder / name) for name in ("llama", "mpt", "gpt2")}
+
+
+@pytest.mark.parametrize("name", ["llama", "mpt", "gpt2"])
+def test_positions_of_rotary_alibi_and_learned_models(name: str, families, tokens: Path, tmp_path: Path) -> None:
+    """Both kinds against the token loop, in one results file."""
+    common = {"tokens": str(tokens), "out": str(tmp_path / "o"), "max_tokens": 60, "progress": False}
+    for positions in ("in-cache", "absolute"):
+        results = stream(
+            str(families[name]), cache="3+10", strategy="streaming,token-loop", positions=positions, **common
+        )
+    names = ["3+10", "3+10-token-loop", "3+10-absolute", "3+10-absolute-token-loop"]
+    assert list(results["settings"]) == names
+    nll = {n: np.load(tmp_path / "o" / n / "nll.npy") for n in names}
+    for n in ("3+10", "3+10-absolute"):
+        assert np.abs(nll[n] - nll[f"{n}-token-loop"]).max() < 1e-4
+        assert results["settings"][n]["positions"] == ("absolute" if "absolute" in n else "in-cache")
+    assert np.abs(nll["3+10"] - nll["3+10-absolute"]).max() > 1e-3
+    assert [(d["setting"], d["against"]) for d in results["differences"]] == [(n, "3+10") for n in names[1:]]
+    assert abs(results["differences"][0]["nats"]) < 1e-5
+
+
+def test_learned_positions_end(families, tokens: Path, tmp_path: Path) -> None:
+    """64 of them: a longer text needs positions in a cache that leaves one for the query."""
+    common = {"tokens": str(tokens), "out": str(tmp_path / "o"), "progress": False}
+    gpt2 = str(families["gpt2"])
+    assert stream(gpt2, cache="3+60", **common)["settings"]["3+60"]["scored"] == 299
+    for options in ({"positions": "absolute"}, {"strategy": "dense"}, {"cache": "4+60"}):
+        with pytest.raises(UserError, match=r"needs the position \d+, but this model has learned 64 of them"):
+            stream(gpt2, **{"cache": "3+60"} | options, **common)
+    with pytest.warns(UserWarning, match="4\\+100: positions beyond the 64 that the model was trained with"):
+        stream(str(families["llama"]), cache="4+100", **common | {"out": str(tmp_path / "p")})
+
+
+def test_a_window_is_respected_and_said(tokens: Path, tmp_path: Path) -> None:
+    mistral = family_factory.save(family_factory.build("mistral"), tmp_path / "mistral")
+    common = {"tokens": str(tokens), "out": str(tmp_path / "o"), "progress": False, "max_tokens": 60}
+    with pytest.warns(UserWarning, match="within a window of 9 positions in 3 of 3 layers"):
+        stream(str(mistral), cache="2+30", **common)
+
+
+WORDS = {"<|endoftext|>": 0, "[UNK]": 1, **{f"w{i}": i for i in range(2, 96)}}
+
+
+def make_tokenizer(file: Path) -> Path:
+    tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(file))
+    return file
+
+
+LENGTHS = [5, 40, 41, 1, 70, 12, 39]
+
+
+@pytest.mark.parametrize("sink", ["vanilla", "sink_tokens_2"])
+def test_documents_are_streams_of_their_own(sink: str, tmp_path: Path) -> None:
+    """As if each had been streamed alone, behind the token that ended the one before; the same for a folder of files,
+    token ids and text."""
+    run = make_run(tmp_path / "run", MECHANISMS[sink], make_tokenizer(tmp_path / "tokenizer.json"))
+    generator = np.random.default_rng(1)
+    texts = [generator.integers(2, 96, n) for n in LENGTHS]
+    ids = np.concatenate([np.append(t, 0) for t in texts])
+    np.save(tmp_path / "ids.npy", ids)
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": " ".join(f"w{i}" for i in t)}) + "\n" for t in texts)
+    )
+    common = {"cache": "3+10", "strategy": "streaming,token-loop,dense,recompute", "documents": "reset"}
+    common |= {"window": 16, "progress": False}
+    results = stream(str(run), tokens=str(tmp_path / "ids.npy"), out=str(tmp_path / "o"), **common)
+    names = ["3+10-documents", "3+10-documents-token-loop", "dense-documents", "recompute-16-documents"]
+    assert list(results["settings"]) == names
+    assert {s["documents"] for s in results["settings"].values()} == {len(LENGTHS)}
+    net = peaked(GPTNeoX(TINY, MECHANISMS[sink], seed=4)).eval()
+    for name, alone in (
+        (names[0], lambda part: token_loop_nll(net, part, Cache(3, 10))),
+        (names[1], lambda part: stream_nll(net, part, Cache(3, 10))),
+        (names[2], lambda part: dense_nll(net, part)),
+        (names[3], lambda part: recompute_nll(net, part, 16)),
+    ):
+        want = [alone(np.array([*before, *t, 0])) for before, t in zip([[], *[[0]] * 6], texts, strict=True)]
+        got = np.load(tmp_path / "o" / name / "nll.npy")
+        assert np.abs(got - np.concatenate(want)).max() < 1e-4, name
+    beyond = np.concatenate([w[13:] for w in want])
+    assert results["settings"][names[3]]["ppl_beyond_cache"] is not None
+    whole = stream_nll(net, ids, Cache(3, 10))
+    assert np.abs(np.load(tmp_path / "o" / names[0] / "nll.npy") - whole).max() > 0.1
+    assert 0 < len(beyond) < len(ids)
+    again = stream(str(run), text=str(tmp_path / "text.jsonl"), out=str(tmp_path / "p"), **common)
+    assert again["tokens"]["sha256"] == results["tokens"]["sha256"]
+    assert again["settings"][names[0]]["nll"] == results["settings"][names[0]]["nll"]
+
+
+def test_documents_of_a_prepared_folder(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data")
+    run = make_run(tmp_path / "run", MECHANISMS["vanilla"], data / "tokenizer.json")
+    common = {"tokens": str(data), "cache": "2+40", "progress": False, "out": str(tmp_path / "o"), "max_tokens": 650}
+    entry = stream(str(run), documents="reset", **common)["settings"]["2+40-documents"]
+    assert entry["documents"] == 3
+    assert entry["scored"] == 649
+    nll = np.load(tmp_path / "o" / "2+40-documents" / "nll.npy")
+    # 301 tokens a document; each after the first is read from the 0 in front of it.
+    places = np.concatenate([np.arange(300), np.arange(301), np.arange(48)])
+    assert entry["ppl_beyond_cache"] == pytest.approx(np.exp(nll[places >= 42].astype(np.float64).mean()))
+    with pytest.warns(UserWarning, match="no document has more than 302 tokens, so nothing is ever evicted"):
+        stream(str(run), documents="reset", **common | {"cache": "4+400"})
+
+
+def test_where_nothing_ends_a_document_its_first_token_is_not_scored() -> None:
+    bounds = np.array([0, 4, 9, 12])
+    assert documents(np.arange(1, 13), bounds, 0) == [slice(0, 4), slice(4, 9), slice(9, 12)]
+    assert documents(np.array([1, 2, 3, 0, 5, 6, 7, 8, 0, 9, 9, 0]), bounds, 0) == [
+        slice(0, 4), slice(3, 9), slice(8, 12)
+    ]  # fmt: skip
+    net = peaked(GPTNeoX(TINY, seed=4)).eval()
+    nll = stream_nll(net, np.arange(1, 13), Cache(1, 2), parts=documents(np.arange(1, 13), bounds, None))
+    assert np.flatnonzero(np.isnan(nll)).tolist() == [3, 8]
+
+
+@pytest.mark.parametrize("sink", ["vanilla", "sink_tokens_2"])
+@pytest.mark.parametrize("stride", [3, 8, 14])
+def test_recompute_with_a_stride(sink: str, stride: int) -> None:
+    """Window by window, by the definition: a forward over the 16 positions before the last scored token."""
+    net = peaked(GPTNeoX(TINY, MECHANISMS[sink], seed=4)).eval()
+    ids, n = np.random.default_rng(2).integers(0, 96, 90), len(net.prefix_ids)
+    text = 16 - n
+    want = np.full(89, np.nan, dtype=np.float32)
+    for end in [*range(text, 89, stride), 89]:
+        begin = max(0, end - text)
+        with torch.no_grad():
+            logits = net(torch.tensor([[*net.prefix_ids, *ids[begin:end]]]))[0, n:]
+        losses = F.cross_entropy(logits, torch.from_numpy(ids[begin + 1 : end + 1]), reduction="none").numpy()
+        new = np.isnan(want[begin:end])
+        want[begin:end][new] = losses[new]
+    for block in (16, 100, 4096):
+        assert np.abs(recompute_nll(net, ids, 16, stride=stride, block=block) - want).max() < 1e-4
+    assert np.abs(recompute_nll(net, ids, 16) - want).max() > 1e-2
+
+
+def test_some_windows_stand_for_all(run: Path, tokens: Path, tmp_path: Path) -> None:
+    common = {"tokens": str(tokens), "cache": "4+12", "strategy": "streaming,recompute", "out": str(tmp_path / "o")}
+    full = stream(str(run), stride=2, progress=False, **common)
+    results = stream(str(run), stride=2, sample=40, progress=False, **common)
+    entry = results["settings"]["recompute-16-stride-2-sample-40"]
+    nll, every = (np.load(tmp_path / "o" / f"recompute-16-stride-2{s}" / "nll.npy") for s in ("-sample-40", ""))
+    there = np.isfinite(nll)
+    assert there.sum() == entry["scored"] == 80
+    assert not there[:16].any()
+    assert np.abs(nll[there] - every[there]).max() < 1e-4
+    means = nll[there].reshape(40, 2).mean(1, dtype=np.float64)
+    assert entry["standard_error"] == pytest.approx(means.std(ddof=1) / 40**0.5)
+    low, high = np.log(entry["interval"])
+    assert low < full["settings"]["recompute-16-stride-2"]["nll"] < high
+    assert entry["ppl"] == entry["ppl_beyond_cache"]
+    pair = next(d for d in results["differences"] if d["setting"] == "recompute-16-stride-2-sample-40")
+    streamed = np.load(tmp_path / "o" / "4+12" / "nll.npy").astype(np.float64)
+    assert pair["nats"] == pytest.approx((nll[there] - streamed[there]).mean(), abs=1e-9)
+    assert pair["interval"][0] < pair["nats"] < pair["interval"][1]
+
+
+# --- results --------------------------------------------------------------------------------------------------------
+
+
+def test_differences_are_against_the_most_initial_positions(run: Path, tokens: Path, tmp_path: Path) -> None:
+    results = stream(
+        str(run), tokens=str(tokens), cache="0+16,4+12,2+14,4+60", strategy="streaming,dense", out=str(tmp_path / "o"),
+        progress=False,
+    )  # fmt: skip
+    pairs = {d["setting"]: d["against"] for d in results["differences"]}
+    assert pairs == {"0+16": "4+12", "0+16-nocolumn": "4+12", "2+14": "4+12", "dense": "4+60"}
+    nll = {n: np.load(tmp_path / "o" / n / "nll.npy").astype(np.float64) for n in ("0+16", "4+12")}
+    first = results["differences"][0]
+    assert first["nats"] == pytest.approx((nll["0+16"] - nll["4+12"]).mean())
+    assert first["interval"][0] < first["nats"] < first["interval"][1]
+    head, rows, note = table(results)
+    assert head[4] == "change"
+    assert note == "change: of the perplexity against 4+12 and 4+60, over the same tokens"
+    assert rows[0][4].endswith("against 4+12")
+    assert rows[2][4] == ""
+    assert imread(tmp_path / "o" / "stream.png").shape[0] > 300
+    entry = results["settings"]["4+12"]
+    assert entry.keys() >= {"positions", "documents", "dtype", "device", "commit", "block"}
+    assert entry["block"] == 1024
+
+
+def test_an_interrupted_stream_keeps_what_is_finished(
+    run: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original, hurry = Setting.run, {"stop": True}
+
+    def interrupted(self: Setting, model, ids, parts, block, advance):
+        def tell(done: int) -> None:
+            advance(done)
+            if self.name == "2+14" and done >= 128 and hurry["stop"]:
+                raise KeyboardInterrupt
+
+        return original(self, model, ids, parts, block, tell)
+
+    monkeypatch.setattr(Setting, "run", interrupted)
+    out = tmp_path / "o"
+    command = ["stream", str(run), "--tokens", str(tokens), "--cache", "4+12,2+14,1+15", "--block", "64"]
+    assert main([*command, "--out", str(out)]) == 130
+    told = capsys.readouterr().err
+    assert f"stopped in 2+14 after 128 of 299 tokens; the settings before it are in {out}" in told
+    assert list(json.loads((out / "results.json").read_text())["settings"]) == ["4+12"]
+    assert not (out / "2+14").exists()
+    hurry["stop"] = False
+    before = (out / "4+12" / "nll.npy").stat().st_mtime_ns
+    assert main([*command, "--out", str(out)]) == 0
+    assert (out / "4+12" / "nll.npy").stat().st_mtime_ns == before
+    shown = capsys.readouterr().out
+    assert "perplexity against 4+12" in " ".join(shown.split())
+    assert all(name in shown for name in ("4+12", "2+14", "1+15"))
+
+
+def test_losses_that_are_gone_are_computed_again(run: Path, tokens: Path, tmp_path: Path) -> None:
+    common = {"tokens": str(tokens), "cache": "4+12", "out": str(tmp_path / "o"), "progress": False}
+    first = stream(str(run), **common)
+    (tmp_path / "o" / "4+12" / "nll.npy").unlink()
+    assert stream(str(run), **common)["settings"]["4+12"]["nll"] == first["settings"]["4+12"]["nll"]
+
+
+def test_another_vocabulary_is_another_tokenizer(tmp_path: Path) -> None:
+    """Files may differ as long as ids mean the same."""
+    data = make_data(tmp_path / "data")
+    tokenizer = Tokenizer.from_file(str(make_tokenizer(tmp_path / "tokenizer.json")))
+    run = make_run(tmp_path / "run", MECHANISMS["vanilla"], tmp_path / "tokenizer.json")
+    common = {"tokens": str(data), "cache": "4+12", "out": str(tmp_path / "o"), "max_tokens": 60, "progress": False}
+    (data / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
+    stream(str(run), **common)
+    (data / "tokenizer.json").write_text(tokenizer.to_str().replace('"w5":5,"w6":6', '"w5":6,"w6":5'))
+    with pytest.raises(UserError, match="another tokenizer than run has"):
+        stream(str(run), **common)
+
+
+# --- the authors' evaluator, from the command line ------------------------------------------------------------------
+
+ORACLE = Path(__file__).parent / "oracle"
+REFERENCE = {"0+64": (0, 64), "1+63": (1, 63), "4+60": (4, 60), "4+28": (4, 28), "4+124": (4, 124)}
+
+
+def differs(got: np.ndarray, want: np.ndarray) -> str:
+    """What a comparison with the reference must not say: how far off, if more than 1e-4 a token or 1e-5 in the mean."""
+    difference = got.astype(np.float64) - want[: len(got)]
+    worst, mean = np.abs(difference).max(), abs(difference.mean())
+    return f"{worst:.1e} at most, {mean:.1e} in the mean" if worst >= 1e-4 or mean >= 1e-5 else ""
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_the_authors_numbers_from_the_command_line(name: str, tmp_path: Path) -> None:
+    out, caches = tmp_path / "out", ",".join(REFERENCE)
+    command = ["stream", str(ORACLE / name), "--tokens", str(ORACLE / "token_ids.npy"), "--progress", "false"]
+    assert main([*command, "--cache", caches, "--out", str(out)]) == 0
+    assert main([*command, "--strategy", "dense,recompute", "--window", "64", "--out", str(out)]) == 0
+    assert (
+        main([*command, "--cache", caches, "--strategy", "token-loop", "--max-tokens", "300", "--out", str(out) + "2"])
+        == 0
+    )
+    with np.load(ORACLE / f"{name}.npz") as file:
+        want = dict(file)
+    fast = {s: np.load(out / s / "nll.npy") for s in [*REFERENCE, "dense", "recompute-64"]}
+    for setting, (start, recent) in REFERENCE.items():
+        key = f"nll_start{start}_recent{recent}"
+        assert not differs(fast[setting], want[key])
+        assert not differs(np.load(tmp_path / "out2" / f"{setting}-token-loop" / "nll.npy"), want[key])
+    assert not differs(fast["dense"], want["nll_dense"])
+    assert not differs(fast["recompute-64"], want["nll_recompute64"])
+    # Negative control: eviction without the shift of positions is a wrong answer, and is found to be one.
+    assert differs(fast["4+60"], want["nll_start4_recent60_noshift"])
+    assert differs(fast["4+60"], want["nll_start1_recent63"])
