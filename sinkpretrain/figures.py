@@ -197,7 +197,8 @@ def settings_figure(
     """
     last = int(places.max()) + 1
     logarithmic = last > 12 * max(sizes, default=last)
-    spaced = np.geomspace(min(16, last), last, 40) if logarithmic else np.linspace(0, last, 41)[1:]
+    stretches = min(40, max(1, len(places) // FEW))
+    spaced = np.geomspace(min(64, last), last, 36) if logarithmic else np.linspace(0, last, stretches + 1)[1:]
     edges = np.unique(spaced.astype(np.int64))
     middle = (edges + np.append(0, edges[:-1])) / 2
     figure = Figure(figsize=(9.4 if reference else 5.6, 4.6), layout="constrained")
@@ -216,11 +217,11 @@ def settings_figure(
     axes[0].set_ylabel("perplexity")
     _readable_scale(axes[0])
     if reference:
-        axes[1].set_ylabel(f"change of perplexity against {reference}, %")
-        values = np.concatenate([line.get_ydata() for line in axes[1].lines] or [np.zeros(1)])
-        if np.nanmax(np.abs(values)) > 50:
+        axes[1].set_ylabel("change of perplexity, %")
+        values = _drawn(axes[1])
+        if np.abs(values).max() > 50:
             axes[1].set_yscale("symlog", linthresh=1)
-            axes[1].set_ylim(min(-1.0, 2 * np.nanmin(values)), 2 * np.nanmax(values))
+            axes[1].set_ylim(min(-1.0, 2 * values.min()), 2 * values.max())
         axes[1].yaxis.set_major_formatter(FuncFormatter(lambda v, _: _signed(v)))
         axes[1].axhline(0, color=INK, linewidth=0.8)
     for axis in axes:
@@ -235,23 +236,26 @@ def settings_figure(
         tidy(axis)
     axes[0].set_title("perplexity; dotted: the cache is full" if any(size < last for size in sizes) else "perplexity")
     if reference:
-        axes[1].set_title(f"the same as a change against {reference}")
+        axes[1].set_title(f"change against {reference}")
     figure.legend(
         handles=lines, loc="outside lower center", ncols=min(4 if reference else 2, len(lines)), frameon=False
     )
     return figure
 
 
+FEW = 8
+"""Values of which a mean would say little."""
+
+
 def _stretches(
     values: NDArray[np.floating], places: NDArray[np.int64], edges: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Mean of the values whose place lies below each edge and not below the one before; NaN where there are none."""
+    """Mean of the values whose place lies below each edge and not below the one before; NaN where they are too few."""
     there = np.isfinite(values)
     bins = np.searchsorted(edges, places[there], side="right")
     sums = np.bincount(bins, weights=values[there].astype(np.float64), minlength=len(edges) + 1)
     counts = np.bincount(bins, minlength=len(edges) + 1)
-    with np.errstate(invalid="ignore"):
-        means: NDArray[np.float64] = (sums / counts)[: len(edges)]
+    means: NDArray[np.float64] = np.where(counts < FEW, np.nan, sums / np.maximum(counts, 1))[: len(edges)]
     return means
 
 
@@ -261,12 +265,16 @@ def _marked(number: int, edges: NDArray[np.int64], nll: NDArray[np.floating]) ->
     return series(number) | {"linewidth": 1.5} | ({"marker": "o", "markersize": 3.5, "linestyle": ""} if sparse else {})
 
 
+def _drawn(axis: Axes) -> NDArray[np.float64]:
+    """Heights of all points of all lines, at least one."""
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=np.float64) for line in axis.lines] or [np.zeros(0)])
+    return values[np.isfinite(values)] if np.isfinite(values).any() else np.ones(1)
+
+
 def _readable_scale(axis: Axes) -> None:
     """Logarithmic where values differ by several times, with enough numbers on it."""
-    low, high = axis.get_ylim()
-    values = np.concatenate([line.get_ydata() for line in axis.lines])
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _perplexity(v)))
+    low, high = float(_drawn(axis).min()), float(_drawn(axis).max())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
     if high > 4 * low:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
