@@ -86,7 +86,10 @@ class LanguageModel(Protocol):
         """The attention of a plain forward over positions 0 .. length - 1."""
 
     def rope(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, fp32 [T, R], to rotate the first R dimensions of queries and keys with; R may be 0."""
+        """cos and sin, fp32 [T, R], to rotate the first R dimensions of queries and keys with; R may be 0.
+
+        Positions in fp64 have their angles taken in fp64.
+        """
 
     def n_parameters(self) -> int: ...
     def to(self, *args: Any, **kwargs: Any) -> Self: ...
