@@ -100,6 +100,12 @@ class SinkLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
+        for texts, __, continuation in requests:
+            if len(continuation) > self.room:
+                raise UserError(
+                    f"a continuation of {len(continuation)} tokens ({texts[1][:30]!r}...) does not fit the {self.room} "
+                    "that the model's context has room for; leave its task out."
+                )
         rows = [self._row(context, continuation) for _, context, continuation in requests]
         # Long ones first: what does not fit shows at once, and rows of a batch are of like length.
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
@@ -113,11 +119,6 @@ class SinkLM(TemplateLM):  # type: ignore[misc]
 
     def _row(self, context: list[int], continuation: list[int]) -> Row:
         """The text's last tokens that fit behind the sinks; its very last one is only predicted."""
-        if len(continuation) > self.room:
-            raise UserError(
-                f"a continuation of {len(continuation)} tokens does not fit the {self.room} that the model's context "
-                "has room for; leave this task out."
-            )
         text = (*context, *continuation)[-(self.room + 1) :]
         return Row((*self.prefix, *text), len(continuation))
 

@@ -11,6 +11,7 @@ from sinkpretrain.errors import UserError
 from sinkpretrain.exporters import FORMS, Form
 from sinkpretrain.files import read_json
 from sinkpretrain.load import LoadedModel
+from sinkpretrain.mechanism import NOTHING
 
 
 def model_card(loaded: LoadedModel, form: Form, tokenizer: Any, dtype: str) -> str:
@@ -113,13 +114,15 @@ def _streaming(loaded: LoadedModel, has_tokenizer: bool) -> str:
     config, x = loaded.model.config, len(loaded.model.prefix_ids) or 4
     recent = config.context // 2 - x
     streamed = "--text FILE" if has_tokenizer else "--tokens FILE.npy"
-    kind = sinks.mechanism_class(loaded.model.sink_config)
+    kept = sinks.mechanism_class(loaded.model.sink_config).kept
+    if kept == NOTHING:
+        kept = f"nothing; the {x} initial positions are the text's own first tokens"
     return f"""## Streaming it
 
     sinkpretrain stream FOLDER {streamed} --cache {x}+{recent} --out RESULTS
 
 measures its perplexity over text longer than its context, with {x} initial and {recent} recent tokens in the cache, and
-`sinkpretrain generate FOLDER` generates without end. What the mechanism needs kept: {kind.kept}.{
+`sinkpretrain generate FOLDER` generates without end. What the mechanism needs kept: {kept}.{
         " Those commands put the prefix in front themselves." if loaded.model.prefix_ids else ""
     }
 """
@@ -134,9 +137,10 @@ def _training(loaded: LoadedModel) -> str:
     except (UserError, KeyError):
         return ""
     c, o, t = config.data, config.optimizer, config.training
+    after = "" if o.schedule == "constant" else f" to {o.min_lr}"
     rows = {
         "batch": f"{c.batch_size} samples of {config.model.context} tokens",
-        "optimizer": f"AdamW, peak learning rate {o.lr}, {o.schedule} to {o.min_lr}, warm-up {o.warmup:.0%}, "
+        "optimizer": f"AdamW, peak learning rate {o.lr}, {o.schedule}{after}, warm-up {o.warmup:.0%}, "
         f"weight decay {o.weight_decay}",
         "steps planned": f"{t.steps}",
         "precision": t.precision,

@@ -220,6 +220,9 @@ def resolve(config: RunConfig, tokens: Tokens) -> RunConfig:
     if config.training.micro_batch < 1 or config.training.steps < 1:
         raise UserError("training.micro_batch and training.steps must be at least 1.")
     Samples(tokens.train, model, ())  # large enough?
+    if model.window and model.window + model.window_sinks >= model.context - 1:
+        message = f"model.window hides nothing from a token of a sample of {model.context}; it only matters in streams."
+        warnings.warn(message, SettingHasNoEffect, stacklevel=2)
     data = dataclasses.replace(config.data, end_of_document=_end_of_document(config, tokens))
     return dataclasses.replace(config, model=model, data=data, name=name, out=config.out or f"runs/{name}")
 

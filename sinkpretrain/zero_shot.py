@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import tempfile
 import warnings
@@ -258,11 +259,17 @@ def _harness_file(task: str) -> Path:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness tells much on its way that is of no use to a reader of the results."""
+    """The harness tells much on its way that is of no use to a reader of the results, and counts its preparations."""
+    import datasets
+    from lm_eval.api import task as preparation
+
+    bars, tqdm = datasets.are_progress_bars_disabled(), preparation.tqdm
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets", "httpx")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    preparation.tqdm = functools.partial(tqdm, disable=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -270,3 +277,6 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        preparation.tqdm = tqdm
+        if not bars:
+            datasets.enable_progress_bars()

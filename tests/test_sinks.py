@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sinkpretrain import attention, sinks
 from sinkpretrain.attention import rotate
-from sinkpretrain.config import ModelConfig, SinkConfig
+from sinkpretrain.config import ModelConfig, SinkConfig, sink_recipe
 from sinkpretrain.data import to_batch
 from sinkpretrain.errors import UserError
 from sinkpretrain.model import Attend, GPTNeoX
@@ -28,6 +28,12 @@ def test_every_mechanism_is_tested_and_has_a_recipe() -> None:
         line.split()[-1] for f in SOURCES.glob("*.yaml") for line in f.read_text().splitlines() if "mechanism" in line
     }
     assert named == set(sinks.REGISTRY)
+
+
+def test_no_two_recipes_are_the_same() -> None:
+    recipes = {f.stem: sink_recipe(f.stem) for f in SOURCES.glob("*.yaml")}
+    assert len({str(r) for r in recipes.values()}) == len(recipes)
+    assert recipes["off-by-c"].options["c"] != 1  # that is the zero sink
 
 
 @pytest.mark.parametrize("cls", sinks.REGISTRY.values(), ids=lambda c: c.name)

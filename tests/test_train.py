@@ -428,6 +428,14 @@ def test_masked_training_runs_and_says_so_in_its_weights(data: Path, tmp_path: P
     assert (loaded.window, loaded.window_sinks) == (16, 1)
 
 
+@pytest.mark.parametrize(("window", "sinks", "hides"), [(63, 0, False), (40, 23, False), (40, 22, True)])
+def test_a_window_that_hides_nothing_is_said(
+    data: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder, window: int, sinks: int, hides: bool
+) -> None:
+    resolve(masked(data, tmp_path, window=window, window_sinks=sinks), open_data(DataConfig(path=str(data))))
+    assert any("hides nothing" in str(w.message) for w in recwarn) != hides
+
+
 def test_document_mask_needs_to_know_the_end(data: Path, tmp_path: Path) -> None:
     base = masked(data, tmp_path)
     with pytest.raises(UserError, match="leave the setting out"):

@@ -194,6 +194,14 @@ def test_models_of_others(questions: Path, tmp_path: Path, tokenizer_file: Path)
     assert unknown["tasks"]["piqa"]["n"] == 40
 
 
+def test_without_progress_nothing_is_printed(
+    runs: dict[str, Path], questions: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nor by the harness, which counts what it prepares."""
+    zero_shot(str(runs["vanilla"]), local=str(questions), out=str(tmp_path), limit=4, progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("name", SOME)
 def test_batch_size_changes_nothing(name: str, runs: dict[str, Path], questions: Path, tmp_path: Path) -> None:
     for kind, arguments in (("loglikelihood", PAIRS), ("loglikelihood_rolling", [(t,) for t in TEXTS])):
@@ -366,5 +374,5 @@ def test_local_tasks_keep_the_harness_prompts(questions: Path, tmp_path: Path) -
 
 
 def test_too_long_a_continuation_is_refused(runs: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match=r"does not fit the 62 that"):
+    with pytest.raises(UserError, match=r"tokens (.*) does not fit the 62 that"):
         wrapped(runs["sink_tokens_2"]).loglikelihood(instances("loglikelihood", [("a", TEXTS[4])]))
