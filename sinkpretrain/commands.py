@@ -237,7 +237,8 @@ def stream(argv: Sequence[str]) -> int:
     shown = Table(*head, title=f"{results['model']['name']}, {results['tokens']['count']:,} tokens", caption=note)
     for row in rows:
         shown.add_row(*row)
-    Console().print(shown)
+    console = Console()
+    Console(width=None if console.is_terminal else 120).print(shown)
     print(f"written to {values['out']}: results.json, stream.png, and nll.npy for each setting")
     return 0
 

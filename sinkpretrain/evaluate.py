@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -112,6 +113,7 @@ def stream(
     _say_windows(loaded)
     folder = Path(out)
     results = open_results(folder, loaded, given)
+    _check_writable(folder)
     about = {"dtype": dtype, **provenance(where)}
     results |= {"convention": CONVENTION, **about}
     missing = [s for s in settings if results["settings"].get(s.name, {}).get("dtype") != dtype]
@@ -400,6 +402,16 @@ def open_results(folder: Path, loaded: LoadedModel, text: Text) -> dict[str, Any
     # A setting whose losses are gone is computed again.
     old["settings"] = {name: e for name, e in old["settings"].items() if (folder / e["file"]).is_file()}
     return old
+
+
+def _check_writable(folder: Path) -> None:
+    """Before anything is computed: raises UserError if results could not be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out.") from error
 
 
 def _draw(results: dict[str, Any], folder: Path, reading: Reading) -> None:

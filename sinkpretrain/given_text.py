@@ -110,7 +110,8 @@ def _from_npy(path: Path, loaded: LoadedModel) -> Text:
     try:
         ids: Ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"cannot read token ids from {path}: {error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read token ids from {path}: {why}; give a .npy file or a prepared folder.") from error
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise UserError(f"{path} holds {ids.dtype} of shape {ids.shape}, not a list of token ids.")
     if loaded.tokenizer is None:

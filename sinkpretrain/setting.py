@@ -14,7 +14,7 @@ from sinkpretrain.cache import Cache, Positions
 from sinkpretrain.errors import SettingHasNoEffect, UserError
 from sinkpretrain.language import LanguageModel
 from sinkpretrain.scoring import BlockSize, Losses
-from sinkpretrain.streaming import dense_nll, recompute_nll, stream_nll, token_loop_nll
+from sinkpretrain.streaming import dense_nll, recompute_nll, stream_nll, text_of_window, token_loop_nll
 
 Ids = NDArray[np.integer]
 STRATEGIES: tuple[str, ...] = ("streaming", "window", "dense", "recompute", "token-loop")
@@ -226,6 +226,8 @@ def check_length(settings: Sequence[Setting], model: LanguageModel, tokens: int,
     """
     shape = model.config
     for setting in settings:
+        if setting.strategy == "recompute" and setting.window:
+            text_of_window(model, setting.window, setting.stride)
         if tokens <= max(1, setting.beyond):
             raise UserError(
                 f"the text has {tokens:,} tokens, too few for {setting.name}; give a longer text or a smaller cache."

@@ -259,13 +259,8 @@ def recompute_nll(
         parts: see ``stream_nll``; no window reaches beyond its part.
     """
     size = block if isinstance(block, BlockSize) else BlockSize(block)
+    text = text_of_window(model, window, stride)
     n_prefix = len(model.prefix_ids)
-    text = window - n_prefix
-    if text < stride:
-        raise UserError(
-            f"a window of {window} has no room for {stride} scored tokens behind {n_prefix} sink tokens; "
-            "enlarge --window or lower --stride."
-        )
     windows = _windows(parts or [slice(0, len(ids))], text, stride)
     full = windows[windows[:, 2] - windows[:, 0] >= text - stride]
     if 0 < sample < len(full):
@@ -294,6 +289,17 @@ def recompute_nll(
         if advance:
             advance(tokens_done)
     return nll
+
+
+def text_of_window(model: LanguageModel, window: int, stride: int) -> int:
+    """Tokens of the text in a window; raises UserError if they are fewer than are to be scored."""
+    n_prefix = len(model.prefix_ids)
+    if window - n_prefix < stride:
+        raise UserError(
+            f"a window of {window} has no room for {stride} scored tokens behind {n_prefix} sink tokens; "
+            "enlarge --window or lower --stride."
+        )
+    return window - n_prefix
 
 
 def _windows(parts: Sequence[slice], text: int, stride: int) -> NDArray[np.int64]:

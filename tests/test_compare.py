@@ -18,7 +18,7 @@ from rich.console import Console
 
 from sinkpretrain.compare import compare, log_to_wandb, print_table
 from sinkpretrain.comparison import numbers
-from sinkpretrain.comparison.blocks import number
+from sinkpretrain.comparison.blocks import Picture, number
 from sinkpretrain.comparison.read import About, Run
 from sinkpretrain.config import ModelConfig, RunConfig, SinkConfig, TrainingConfig
 from sinkpretrain.errors import UserError
@@ -534,3 +534,25 @@ def test_wandb_gets_table_and_figures(table3: list[Path], tmp_path: Path, monkey
     log_to_wandb(compare(table3, tmp_path / "out"), "offline", "p")
     assert logged["perplexity"] == "perplexity.png"
     assert ["vanilla", "a", "4+1020", 18.25] in logged["table3"]
+
+
+def test_one_model_has_a_line_per_setting(tmp_path: Path) -> None:
+    caches = {"0+1024": 1235.0, "1+1023": 18.5, "4+1020": 18.0}
+    make_result(tmp_path / "a", "vanilla", caches)
+    figure = next(
+        block.figure
+        for section in compare([tmp_path / "a"], tmp_path / "out").sections
+        for block in section.blocks
+        if isinstance(block, Picture) and block.name == "perplexity"
+    )
+    lines = {line.get_label().partition(":")[0] for line in figure.axes[0].lines}
+    assert lines >= set(caches)
+    changes = [line.get_ydata()[-1] for line in figure.axes[1].lines if len(line.get_ydata()) > 2]
+    assert changes == pytest.approx([100 * (1235 / 18 - 1), 100 * (18.5 / 18 - 1)], rel=1e-5)
+    # A sampled setting has losses for some tokens only, and is no reason for the others' to vanish.
+    path = tmp_path / "a" / "1+1023" / "nll.npy"
+    nll = np.load(path)
+    nll[::2] = np.nan
+    np.save(path, nll)
+    compare([tmp_path / "a"], tmp_path / "again")
+    assert "nan" not in (tmp_path / "again" / "comparison.md").read_text()

@@ -147,10 +147,11 @@ def test_text_is_tokenized_with_the_models_tokenizer(tmp_path: Path) -> None:
     assert results["settings"]["1+2"]["ppl"] == same["settings"]["1+2"]["ppl"]
 
 
-def test_bf16_stays_close_and_scores_in_fp32(run: Path, tokens: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bits_stay_close_and_are_scored_in_fp32(dtype: str, run: Path, tokens: Path, tmp_path: Path) -> None:
     kwargs = {"tokens": str(tokens), "cache": "4+12", "progress": False}
     exact = stream(str(run), out=str(tmp_path / "a"), **kwargs)["settings"]["4+12"]
-    rough = stream(str(run), out=str(tmp_path / "b"), dtype="bfloat16", **kwargs)["settings"]["4+12"]
+    rough = stream(str(run), out=str(tmp_path / "b"), dtype=dtype, **kwargs)["settings"]["4+12"]
     assert rough["nll"] == pytest.approx(exact["nll"], rel=0.02)
     assert rough["nll"] != exact["nll"]
 
@@ -424,6 +425,15 @@ def test_an_interrupted_stream_keeps_what_is_finished(
     shown = capsys.readouterr().out
     assert "perplexity against 4+12" in " ".join(shown.split())
     assert all(name in shown for name in ("4+12", "2+14", "1+15"))
+
+
+def test_where_nothing_can_be_written_nothing_is_computed(run: Path, tokens: Path, tmp_path: Path, capsys) -> None:
+    command = ["stream", str(run), "--tokens", str(tokens), "--cache", "4+12"]
+    for out in (tokens, tokens / "below", Path("/proc/nowhere")):
+        assert main([*command, "--out", str(out)]) == 2
+        told = capsys.readouterr().err
+        assert f"cannot write to {out}: " in told
+        assert "perplexity" not in told
 
 
 def test_losses_that_are_gone_are_computed_again(run: Path, tokens: Path, tmp_path: Path) -> None:

@@ -60,7 +60,16 @@ def cell(entry: Record | None, with_paper: bool) -> str:
 
 
 def heading(setting: str) -> str:
-    return setting.replace("-nocolumn", " without column").replace("-initial-", " initial token ")
+    """The name of a setting in words."""
+    words = {
+        "-nocolumn": " without column",
+        "-initial-": " initial token ",
+        "-absolute": " absolute positions",
+        "-documents": " per document",
+    }
+    for part, word in words.items():
+        setting = setting.replace(part, word)
+    return setting
 
 
 def interval(low: float | None, high: float | None) -> str:

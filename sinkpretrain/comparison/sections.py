@@ -60,14 +60,7 @@ def perplexity(results: list[Result], groups: list[Group], settings: list[str], 
         blocks.append("Several seeds (n): their mean, ± half of its 95 % t-interval over seeds.")
     blocks += conditions(results)
     curves = [(row_title(g), {s: g.mean_losses(s) for s in settings if g.of(s)}) for g in groups]
-    blocks.append(
-        Picture(
-            "perplexity",
-            "Perplexity of all tokens read so far, one panel per cache: a curve that leaves the others is a model "
-            "that misses what the cache has evicted.",
-            figures.perplexity_figure(curves, settings),
-        )
-    )
+    blocks.append(perplexity_picture(groups, curves, settings))
     base = next((g for g in groups if g.mechanism == "vanilla"), None)
     reference = base.reference(settings[0]) if base else None
     if base and reference and len(curves) > 1:
@@ -79,6 +72,31 @@ def perplexity(results: list[Result], groups: list[Group], settings: list[str], 
             )
         )
     return Section("Streaming perplexity", blocks)
+
+
+def perplexity_picture(groups: list[Group], curves: figures.Models, settings: list[str]) -> Picture:
+    """Perplexity against position: of several models one panel per cache, of one model a line per setting."""
+    if len(groups) > 1 or len(settings) == 1:
+        return Picture(
+            "perplexity",
+            "Perplexity of all tokens read so far, one panel per cache: a curve that leaves the others is a model "
+            "that misses what the cache has evicted.",
+            figures.perplexity_figure(curves, settings),
+        )
+    losses = {heading(s): nll for s, nll in curves[0][1].items()}
+    reference = groups[0].reference(settings[0])
+    return Picture(
+        "perplexity",
+        "Perplexity along the text, one line per cache: a line that rises where the cache is full belongs to a cache "
+        "that does not hold what the model needs.",
+        figures.settings_figure(
+            losses,
+            np.arange(len(next(iter(losses.values())))),
+            heading(reference) if reference else None,
+            sorted({setting_order(s)[1] for s in settings if setting_order(s)[0] == 0}),
+            "tokens read",
+        ),
+    )
 
 
 def table_3(groups: list[Group], settings: list[str], beside: bool) -> Table:
