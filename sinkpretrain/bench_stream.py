@@ -72,14 +72,19 @@ def bench_stream(
         What is in the file: figures with device, versions and commit.
 
     Raises:
-        UserError: an unknown model or kernel, or a cache that is none.
+        UserError: an unknown model or kernel, a cache or block that is none, or a text too short for the loop.
     """
     where = choose_device(device)
     gpu = where.type == "cuda"
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype, torch.bfloat16 if gpu else torch.float32)
     names = _known(models, SHAPES, "model")
     competing = _known(kernels or ("flash,flex" if gpu else "folded"), KERNELS, "kernel")
-    sizes = [int(b) for b in (blocks or ("16384,32768,8192" if gpu else "1024,2048")).split(",")]
+    sizes = _sizes(blocks or ("16384,32768,8192" if gpu else "1024,2048"))
+    kept = Cache.parse(cache)
+    if loop < 1 or 0 < tokens < kept.size + loop + 2:
+        raise UserError(
+            f"--tokens must be above the cache and the --loop of at least 1: {kept.size + max(1, loop) + 2:,}."
+        )
     report = {
         "what": "stream",
         **provenance(where),
@@ -90,7 +95,7 @@ def bench_stream(
         "failed": [],
         "left_out": [],
     }
-    bench = Bench(Path(out), where, kind, Cache.parse(cache), report, loop, time.monotonic() + (seconds or math.inf))
+    bench = Bench(Path(out), where, kind, kept, report, loop, time.monotonic() + (seconds or math.inf))
     exact = [k for k in competing[:1] if bench.attempt(f"{k} against the definition", partial(bench.check, k))]
     kernel = exact[0] if exact else competing[-1]
     lengths = [tokens or ((4 << 20 if n == 0 else 1 << 17) if gpu else 8192) for n in range(len(names))]
@@ -332,6 +337,13 @@ def _ratio(count: int, seconds: float, speed: float) -> dict[str, Any]:
         "milliseconds_per_token": round(1000 / rate, 3),
         "streaming_over_this": round(speed / rate, 1),
     }
+
+
+def _sizes(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"--blocks {text!r} must be numbers of tokens, for example 1024,2048.")
+    return [int(part) for part in parts]
 
 
 def _known(text: str, known: Any, what: str) -> list[str]:

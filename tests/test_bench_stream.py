@@ -56,9 +56,21 @@ def test_what_has_no_time_is_left_out(tmp_path: Path) -> None:
     assert "toy token loop" in report["left_out"]
 
 
-def test_unknown_names(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="unknown kernel 'fast'"):
-        run(tmp_path / "stream.json", kernels="fast")
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"kernels": "fast"}, "unknown kernel 'fast'; known: masked"),
+        ({"models": "gpt"}, "unknown model 'gpt'"),
+        ({"blocks": "1k"}, "--blocks '1k' must be numbers"),
+        ({"blocks": "0"}, "--blocks '0' must be numbers"),
+        ({"cache": "4"}, "'4' is not a cache"),
+        ({"tokens": 20}, "--tokens must be above the cache .*: 39"),
+        ({"loop": 0}, "--loop of at least 1"),
+    ],
+)
+def test_refusals(change: dict, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=sentence):
+        run(tmp_path / "stream.json", **change)
 
 
 def test_flops_are_what_torch_counts() -> None:
