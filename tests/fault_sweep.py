@@ -225,8 +225,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
         done, runs = sweep(Path(folder), arguments.kills, arguments.seed)
-        result = summary(done, runs, time.monotonic() - started) | {"provenance": provenance("cpu")}
-        result["cores"] = os.cpu_count()
+        command = f"python -m tests.fault_sweep --kills {arguments.kills} --seed {arguments.seed}"
+        about = provenance("cpu") | {"command": command, "cores": os.cpu_count()}
+        result = summary(done, runs, time.monotonic() - started) | {"provenance": about}
     text = json.dumps(result, indent=1) + "\n"
     print(text)
     if arguments.out:

@@ -45,7 +45,8 @@ def cluster() -> Iterator[Cluster]:
     cluster = Cluster(Path(f"/tmp/ms-{os.getpid()}/c"))
     if THOROUGH:
         RECORD.parent.mkdir(exist_ok=True)
-        RECORD.write_text(json.dumps(provenance("cpu") | {"cores": os.cpu_count()}) + "\n")
+        about = {"command": f"SINKPRETRAIN_FAULTS={THOROUGH} pytest tests/test_slurm.py", "cores": os.cpu_count()}
+        RECORD.write_text(json.dumps(provenance("cpu") | about) + "\n")
     cluster.folder.parent.mkdir(mode=0o755)
     cluster.mount_full_disk()  # before the nodes' name spaces are made
     try:
@@ -202,9 +203,8 @@ def test_an_evaluation_never_starts_on_a_half_trained_model(cluster: Cluster, jo
     after = (f"--dependency=afterok:{train.job}", "--kill-on-invalid-dep=yes", "--output=/dev/null", *ONE)
     evaluation = cluster.sbatch(ROOT / "slurm" / "eval.sbatch", "stream", str(train.run), options=after)
     train.wait_steps(CHECKPOINT_EVERY + 20)
-    before = train.step()
     kill(cluster.processes(str(train.run))[0])
-    train.wait_restart("kill -9 of the only process", before, 1)
+    train.wait_restart("kill -9 of the only process", train.step(), 1)
     train.wait_steps(20)
     cluster.call("scancel", "--signal=TERM", train.job)
     assert cluster.wait_end(train.job) == "FAILED"
@@ -235,9 +235,9 @@ def test_doctor_meets_all_processes(cluster: Cluster, jobs: dict[str, Train]) ->
 def test_a_stalled_rank_is_named_and_the_job_goes_on(cluster: Cluster, jobs: dict[str, Train]) -> None:
     train = jobs["stalled"]
     train.wait_steps(20)
-    before, attempts = train.step(), len(train.attempts())
+    attempts = len(train.attempts())
     kill(cluster.processes(str(train.run))[1], signal.SIGSTOP)
-    train.wait_restart("a process stands still", before, attempts)
+    train.wait_restart("a process stands still", train.step(), attempts)
     cluster.call("scancel", train.job)
     text = train.log.read_text()
     assert "rank 0 has made no step for 10 s: rank 1 on node2 has not been heard from" in text
@@ -318,9 +318,10 @@ def test_one_run_survives_everything(cluster: Cluster, work: Path, undisturbed: 
     def fault(name: str, strike: object, steps: int = 15) -> None:
         train.wait_steps(chance.randrange(steps, steps + 40))
         time.sleep(chance.random() / 4)
-        before, attempts = train.step(), len(train.attempts())
+        attempts = len(train.attempts())
         strike()  # type: ignore[operator]
-        train.wait_restart(name, before, attempts)
+        # Until the next attempt is there, the record has the steps that it will compute again.
+        train.wait_restart(name, train.step(), attempts)
 
     for _ in range(SIGNALS_SENT):
         fault("USR1 to all processes", lambda: cluster.call("scancel", "--signal=USR1", train.job))
