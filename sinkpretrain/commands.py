@@ -234,7 +234,9 @@ def stream(argv: Sequence[str]) -> int:
     from sinkpretrain.evaluate import table
 
     head, rows, note = table(results)
-    shown = Table(*head, title=f"{results['model']['name']}, {results['tokens']['count']:,} tokens", caption=note)
+    shown = Table(title=f"{results['model']['name']}, {results['tokens']['count']:,} tokens", caption=note)
+    for name in head:
+        shown.add_column(name, overflow="fold")
     for row in rows:
         shown.add_row(*row)
     console = Console()

@@ -198,7 +198,11 @@ def settings_figure(
     last = int(places.max()) + 1
     logarithmic = last > 12 * max(sizes, default=last)
     stretches = min(40, max(1, len(places) // FEW))
-    spaced = np.geomspace(min(64, last), last, 36) if logarithmic else np.linspace(0, last, stretches + 1)[1:]
+    if logarithmic:  # each a quarter longer than the one before, so that none is of few tokens
+        first = min(64, last)
+        spaced = np.geomspace(first, last, max(2, min(36, int(np.log(last / first) / np.log(1.25)))))
+    else:
+        spaced = np.linspace(0, last, stretches + 1)[1:]
     edges = np.unique(spaced.astype(np.int64))
     middle = (edges + np.append(0, edges[:-1])) / 2
     figure = Figure(figsize=(9.4 if reference else 5.6, 4.6), layout="constrained")
@@ -237,9 +241,9 @@ def settings_figure(
     axes[0].set_title("perplexity; dotted: the cache is full" if any(size < last for size in sizes) else "perplexity")
     if reference:
         axes[1].set_title(f"change against {reference}")
-    figure.legend(
-        handles=lines, loc="outside lower center", ncols=min(4 if reference else 2, len(lines)), frameon=False
-    )
+    widest = 0.1 * (max(len(str(line.get_label())) for line in lines) + 6)  # inches
+    columns = min(len(lines), max(1, int(figure.get_figwidth() / widest)))
+    figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 

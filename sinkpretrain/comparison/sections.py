@@ -76,7 +76,8 @@ def perplexity(results: list[Result], groups: list[Group], settings: list[str], 
 
 def perplexity_picture(groups: list[Group], curves: figures.Models, settings: list[str]) -> Picture:
     """Perplexity against position: of several models one panel per cache, of one model a line per setting."""
-    if len(groups) > 1 or len(settings) == 1:
+    per_document = any(r.settings[s].get("documents") for g in groups for r in g.results for s in r.settings)
+    if len(groups) > 1 or len(settings) == 1 or per_document:
         return Picture(
             "perplexity",
             "Perplexity of all tokens read so far, one panel per cache: a curve that leaves the others is a model "
