@@ -114,7 +114,9 @@ def bench_scaling(
                     print(line(figure), flush=True)
                 for name, reason in failed.items():
                     print(f"{name}: left out, {reason}", flush=True)
-                write_json(Path(out), report | {"seconds": round(time.monotonic() - started, 1)})
+                write_json(Path(out), report)
+    report["seconds"] = round(time.monotonic() - started, 1)
+    write_json(Path(out), report)
     print(table(report))
     return report
 
