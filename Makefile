@@ -6,6 +6,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Processes that run tests at the same time; a file's tests stay together, for they share what is slow to make.
+JOBS ?= 2
 
 .PHONY: help test demo lint types unit gpu-test format wheel clean
 
@@ -30,7 +32,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 gpu-test: $(STAMP)
 	$(BIN)/python -m pytest -m gpu

@@ -58,6 +58,11 @@ def peaked(model: GPTNeoX, factor: float = 10.0, seed: int = 7) -> GPTNeoX:
     return model
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests that mostly wait come first, so that others run beside them instead of after them."""
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+
+
 @pytest.fixture(scope="session")
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from run_factory import make_tokenizer
