@@ -443,7 +443,7 @@ def test_hub_data_set(
         ("a.jsonl", b'{"text": "\xff"}\n', r"line 1: not valid JSON \('utf-8' codec"),
         ("a.json", b'[{"text": "ok now"},\n {"text" "b"}]', r"a\.json, line 2: not valid JSON"),
         ("a.json", b'[{"text": "ok now"},\n', r"a\.json, line 2: .*the array is not closed"),
-        ("a.jsonl.gz", gzip.compress(jsonl(["abc"] * 99))[:-9], r"a\.jsonl\.gz is unreadable or damaged"),
+        ("a.jsonl.gz", gzip.compress(jsonl(["abc"] * 99), mtime=0)[:-9], r"a\.jsonl\.gz is unreadable or damaged"),
         ("a.jsonl.xz", lzma.compress(jsonl(["abc"] * 99))[:-9], r"a\.jsonl\.xz is unreadable or damaged"),
         ("a.jsonl.zst", zstandard.compress(jsonl(["abc"] * 99))[:-9], r"a\.jsonl\.zst is unreadable"),
         ("a.jsonl.zst", b"nonsense", r"a\.jsonl\.zst is unreadable"),
