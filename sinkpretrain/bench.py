@@ -48,7 +48,7 @@ SIZES = {
 
 
 def bench(
-    out: str,
+    out: str = "train.json",
     model: str = "pythia-160m",
     sinks: str = "vanilla",
     models: str = "",
