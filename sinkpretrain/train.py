@@ -117,10 +117,10 @@ def _train(config: RunConfig, allow_changes: bool, stop: StopRequest) -> TrainRe
             metrics.truncate(run, done if checkpoint else -1)
             start = f"resuming at step {done:,}" if checkpoint else "training"
             print(f"{config.name}: {start} of {config.training.steps:,}, in {run}", flush=True)
-        module, trainer = build(config, tokens, stop, facts(config, tokens, checkpoint))
         with warnings.catch_warnings():
             for text in _EXPECTED_WARNINGS:
                 warnings.filterwarnings("ignore", message=text)
+            module, trainer = build(config, tokens, stop, facts(config, tokens, checkpoint))
             data = TokenData(config, tokens, module)
             trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
         return _leave(run, config, module, trainer)
@@ -186,6 +186,7 @@ _EXPECTED_WARNINGS = (
     ".*`training_step` returned `None`.*",
     ".*There is a wandb run already in progress.*",
     ".*GPU available but not used.*",
+    ".*`srun` command is available on your system but is not used.*",  # training by hand where Slurm is, on purpose
     ".*isinstance\\(treespec, LeafSpec\\).*",  # torch speaking to Lightning
 )
 
