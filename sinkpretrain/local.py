@@ -94,7 +94,7 @@ def gpu_shares(experiment: Experiment, gpus: int) -> list[str | None]:
         raise UserError(f"nodes is {e.nodes}, but --local trains on this machine alone; set nodes: 1.")
     if e.gpus and gpus < e.devices:
         raise UserError(
-            f"a run wants {e.devices} GPUs (devices), and this machine has {gpus}; set devices, or gpus: false."
+            f"this machine has {gpus} GPUs, fewer than the {e.devices} of a run (devices); set devices, or gpus: false."
         )
     count = min(e.at_once or max(1, gpus // e.devices), len(e.members()))
     if not e.gpus:

@@ -111,7 +111,7 @@ def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_shares(Experiment(variants=["a", "b"], devices=2, gpus=False), 0) == [None]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert gpu_shares(four, 2) == ["3", "5"]
-    with pytest.raises(UserError, match="wants 8 GPUs"):
+    with pytest.raises(UserError, match="has 2 GPUs, fewer than the 8"):
         gpu_shares(Experiment(variants=["a"]), 2)
     with pytest.raises(UserError, match="nodes is 2"):
         gpu_shares(Experiment(variants=["a"], nodes=2), 8)
