@@ -26,6 +26,7 @@ from sinkpretrain import metrics
 from sinkpretrain.bench import Setting, flops_per_token
 from sinkpretrain.bench_rank import PROFILED_STEPS
 from sinkpretrain.config import RunConfig, save_yaml
+from sinkpretrain.device import gpu_names
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import read_json, write_json
 from sinkpretrain.provenance import provenance
@@ -201,8 +202,7 @@ def _start(job: Job, gpus: range | tuple[int, ...], beside: int) -> subprocess.P
     threads = max(1, (os.cpu_count() or 1) // job.devices // beside)
     environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(16, threads)))
     if gpus:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        names = visible if visible != [""] else [str(i) for i in range(torch.cuda.device_count())]
+        names = gpu_names(torch.cuda.device_count())
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[i] for i in gpus)
     command = [sys.executable, "-m", "sinkpretrain.bench_rank", str(job.folder), "train"]
     with (job.folder / "log").open("wb") as log:

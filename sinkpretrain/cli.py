@@ -41,7 +41,7 @@ COMMANDS = {
     "generate": Command("sinkpretrain.commands", "generate", "text without end at constant memory, or a conversation"),
     "export": Command("sinkpretrain.commands", "export", "a Hugging Face folder from a run"),
     "list": Command("sinkpretrain.commands", "list_mechanisms", "the sink mechanisms and what each of them needs"),
-    "bench": Command("sinkpretrain.commands", "bench", "how fast training and decoding are on this machine"),
+    "bench": Command("sinkpretrain.commands", "bench", "how fast training, streaming and decoding are on this machine"),
     "doctor": Command("sinkpretrain.commands", "doctor", "is everything there that a training job needs?"),
     "submit": Command("sinkpretrain.commands", "submit", "a whole experiment, on a Slurm cluster or on this machine"),
     "supervise": Command("sinkpretrain.supervise", "supervise", "what the job scripts start srun through"),

@@ -259,6 +259,11 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    @property
+    def folder(self) -> str:
+        """The run directory."""
+        return self.out or f"runs/{self.name}"
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain data, ready for YAML or JSON."""

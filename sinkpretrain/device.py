@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +23,12 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda was asked for, but torch sees no GPU; use --device cpu.")
     return torch.device(name)
+
+
+def gpu_names(count: int) -> list[str]:
+    """What ``CUDA_VISIBLE_DEVICES`` calls the GPUs that this process sees, of which there are ``count``."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(k) for k in range(count)]
 
 
 @contextlib.contextmanager

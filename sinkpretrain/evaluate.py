@@ -151,13 +151,14 @@ class Reading:
         """Raises UserError if documents are asked for and nobody knows where they end."""
         if not resets:
             return cls(text.ids, None, len(text.ids))
-        if text.bounds is None:
+        bounds = text.document_bounds()
+        if bounds is None:
             raise UserError(
                 f"--documents reset needs to know where documents end, but {loaded.name} comes without a tokenizer "
                 "that says so; give a folder written by prepare."
             )
         # What a tokenizer puts in front of a document is its beginning; else it is the token that ended the last one.
-        parts = parts_of(text.ids, text.bounds, None if text.opens else text.end)
+        parts = parts_of(text.ids, bounds, None if text.opens else text.end)
         return cls(text.ids, parts, max((p.stop - p.start for p in parts), default=0))
 
     def places(self) -> NDArray[np.int64]:

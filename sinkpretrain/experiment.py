@@ -44,7 +44,7 @@ class Experiment:
         cpus: CPUs per process.
         hours: time limit of a training job; a run that needs longer goes back into the queue.
         attempts: training jobs per run, one after the other; each goes on where the one before ended, and one that
-            finds the run finished ends at once. What requeueing does not cover (a process that was killed) costs one.
+            finds the run finished ends at once. What requeueing does not cover (a full disk, a SIGTERM) costs one.
         array: submit the training as an array, one task per run.
         at_once: most runs at the same time: tasks of the array (0 means all), or processes of ``submit --local`` (0
             means as many as there are GPUs for).
@@ -69,6 +69,10 @@ class Experiment:
     def members(self) -> list[Member]:
         """One per variant and seed, in the order of the array."""
         return [Member(self, variant, seed) for variant in self.variants for seed in self.seeds]
+
+    def compare_flags(self) -> list[str]:
+        """Arguments of ``sinkpretrain compare`` over all runs and their results."""
+        return [f"{self.out}/results", f"{self.out}/runs", f"--out={self.out}/comparison"]
 
 
 @dataclass(frozen=True)

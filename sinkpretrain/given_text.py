@@ -21,7 +21,7 @@ class Text:
     """Token ids [tokens].
 
     path: what the user named.
-    bounds: document d is the tokens [bounds[d], bounds[d + 1]); None if nobody knows.
+    bounds: document d is the tokens [bounds[d], bounds[d + 1]); None if no index says so.
     end: the id at the end of every document, if known.
     opens: how many tokens in front of each document the tokenizer put there (Llama's ``<s>``).
     """
@@ -39,6 +39,12 @@ class Text:
         for start in range(0, len(self.ids), 1 << 20):
             digest.update(np.ascontiguousarray(self.ids[start : start + (1 << 20)], dtype="<i8").tobytes())
         return {"path": self.path, "sha256": digest.hexdigest(), "count": len(self.ids)}
+
+    def document_bounds(self) -> NDArray[np.int64] | None:
+        """``bounds``, or where the token that ends documents puts them, for which all ids are read; None if neither."""
+        if self.bounds is not None or self.end is None:
+            return self.bounds
+        return np.unique(np.concatenate(([0], np.flatnonzero(np.asarray(self.ids) == self.end) + 1, [len(self.ids)])))
 
     def first(self, count: int) -> Text:
         """Its first tokens."""
@@ -81,7 +87,7 @@ def _from_folder(folder: Path, split: str, loaded: LoadedModel) -> Text:
         _check_vocabularies(folder, loaded)
     file = open_split(folder, split or ("validation" if "validation" in manifest.splits else "train"))
     if file.row_length() is not None:  # rows cut from a packed text: the index knows nothing of its documents
-        return Text(file.tokens, str(folder), _after(file.tokens, manifest.eod_id), manifest.eod_id)
+        return Text(file.tokens, str(folder), end=manifest.eod_id)
     return Text(file.tokens, str(folder), file.document_bounds(), manifest.eod_id)
 
 
@@ -114,10 +120,7 @@ def _from_npy(path: Path, loaded: LoadedModel) -> Text:
         raise UserError(f"cannot read token ids from {path}: {why}; give a .npy file or a prepared folder.") from error
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise UserError(f"{path} holds {ids.dtype} of shape {ids.shape}, not a list of token ids.")
-    if loaded.tokenizer is None:
-        return Text(ids, str(path))
-    end = end_of_document(loaded)
-    return Text(ids, str(path), None if end is None else _after(ids, end), end)
+    return Text(ids, str(path), end=None if loaded.tokenizer is None else end_of_document(loaded))
 
 
 def end_of_document(loaded: LoadedModel) -> int | None:
@@ -128,11 +131,6 @@ def end_of_document(loaded: LoadedModel) -> int | None:
         return load_tokenizer(str(loaded.tokenizer)).eod_id()
     except UserError:
         return None
-
-
-def _after(ids: Ids, end: int) -> NDArray[np.int64]:
-    """Bounds of documents that end with this id."""
-    return np.unique(np.concatenate(([0], np.flatnonzero(np.asarray(ids) == end) + 1, [len(ids)])))
 
 
 def _from_text(text: str, loaded: LoadedModel) -> Text:

@@ -45,19 +45,15 @@ def run_here(experiment: Experiment) -> int:
             runs = [pool.submit(machine.run, member, lanes) for member in experiment.members()]
             done = machine.watch(runs)
         if done and experiment.evaluate.tokens:
+            words = ["compare", *experiment.compare_flags()]
             with ThreadPoolExecutor(1) as pool:
-                done = machine.watch([pool.submit(machine.call, "compare", comparison(experiment), None)])
+                done = machine.watch([pool.submit(machine.call, "compare", words, None)])
     finally:
         PROCESS.uninstall()
     if PROCESS.signal is not None:
         print("stopped; the same command goes on.", file=sys.stderr)
         return 128 + PROCESS.signal
     return 0 if done else 1
-
-
-def comparison(experiment: Experiment) -> list[str]:
-    """The arguments of ``sinkpretrain`` that compare all runs."""
-    return ["compare", f"{experiment.out}/results", f"{experiment.out}/runs", f"--out={experiment.out}/comparison"]
 
 
 def commands(member: Member) -> list[list[str]]:
@@ -70,7 +66,7 @@ def as_script(experiment: Experiment) -> list[str]:
     """The same as lines of a shell script, one run after the other."""
     words = [c for m in experiment.members() for c in commands(m)]
     if experiment.evaluate.tokens:
-        words.append(comparison(experiment))
+        words.append(["compare", *experiment.compare_flags()])
     return ["set -e", *(shlex.join(["sinkpretrain", *w]) for w in words)]
 
 
@@ -99,8 +95,9 @@ def gpu_shares(experiment: Experiment, gpus: int) -> list[str | None]:
     count = min(e.at_once or max(1, gpus // e.devices), len(e.members()))
     if not e.gpus:
         return [None] * count
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(k) for k in range(gpus)]
+    from sinkpretrain.device import gpu_names
+
+    names = gpu_names(gpus)
     groups = [names[k : k + e.devices] for k in range(0, gpus - e.devices + 1, e.devices)]
     return [",".join(groups[k % len(groups)]) for k in range(count)]
 

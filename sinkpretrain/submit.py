@@ -54,12 +54,11 @@ def plan(experiment: Experiment, file: Path) -> list[Job]:
                 ("afterok", (trained,)),
             )
         )
-    folders = (f"{experiment.out}/results", f"{experiment.out}/runs")
     comparison = Job(
         "compare",
         "eval.sbatch",
         (*_limits(experiment, experiment.evaluate.hours), *_log(experiment, "compare-%j.log")),
-        ("compare", *folders, f"--out={experiment.out}/comparison"),
+        ("compare", *experiment.compare_flags()),
         ("afterok", tuple(job.name for job in evaluations)),
     )
     return [*jobs, *evaluations, comparison]

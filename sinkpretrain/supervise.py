@@ -83,7 +83,7 @@ def _put_back(flags: list[str], code: int) -> None:
     from sinkpretrain.commands import parse_run  # only now: jsonargparse is not needed to start
 
     config, _ = parse_run(flags)
-    run = Path(config.out or f"runs/{config.name}")
+    run = Path(config.folder)
     if not attempts.was_lost(run):
         return  # they did not get as far as training, or have said what is wrong
     step = attempts.saved_step(run)

@@ -225,7 +225,8 @@ def resolve(config: RunConfig, tokens: Tokens) -> RunConfig:
         message = f"model.window hides nothing from a token of a sample of {model.context}; it only matters in streams."
         warnings.warn(message, SettingHasNoEffect, stacklevel=2)
     data = dataclasses.replace(config.data, end_of_document=_end_of_document(config, tokens))
-    return dataclasses.replace(config, model=model, data=data, name=name, out=config.out or f"runs/{name}")
+    named = dataclasses.replace(config, model=model, data=data, name=name)
+    return dataclasses.replace(named, out=named.folder)
 
 
 def _end_of_document(config: RunConfig, tokens: Tokens) -> int | None:
