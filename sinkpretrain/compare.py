@@ -124,12 +124,12 @@ def as_json(c: Comparison) -> dict[str, Any]:
     }
 
 
-def print_table(c: Comparison, console: Console) -> None:
+def print_table(c: Comparison, console: Console, title: str = "streaming perplexity") -> None:
     """Table 3 in the terminal."""
     if not c.groups:
         return
     beside = c.paper and has_paper(c.groups, c.settings)
-    title = "streaming perplexity" + (f" (in parentheses: {paper.CITATION})" if beside else "")
+    title += f" (in parentheses: {paper.CITATION})" if beside else ""
     console.print(console_table(table_3(c.groups, c.settings, beside), title))
     if c.paper and not beside:
         console.print(console_table(papers_table(), f"for comparison, {paper.CITATION} (160M parameters)"))

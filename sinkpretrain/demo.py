@@ -9,20 +9,41 @@ import sysconfig
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from sinkpretrain.comparison.blocks import change, interval
+from sinkpretrain.comparison.numbers import Record, percent
 from sinkpretrain.config import RunConfig, load_yaml, recipe_path, sink_recipe
 from sinkpretrain.errors import UserError
+from sinkpretrain.tokens import Manifest
+
+if TYPE_CHECKING:
+    from sinkpretrain.compare import Comparison
 
 SINKS = ("vanilla", "zero-sink", "one-sink-token")
-"""Recipes of the mechanisms that are compared."""
+"""Recipes of the mechanisms that the demo trains."""
 
 CACHES = "0+64,1+63,2+62,4+60"
 STREAMED_TOKENS = 50_000
+HELD_OUT = 0.05
+"""Share of the text's documents that are kept for streaming; the same ones whatever the tokenizer."""
 
-HONEST = (
-    "What this shows: the whole path works, on real text and with real training. What it does not show: the paper's "
-    "effect. Attention sinks grow late in training, after thousands of steps; models this small, trained for a minute, "
-    "hardly have any yet, and their columns differ little. The README says how to run the experiment at its real size."
+TRAINED = ("vanilla", "zero-sink", "one-sink-token", "two-sink-tokens")
+MODELS = Path(__file__).parent.parent / "results" / "laptop" / "models"
+"""Folders of models that were trained for long, one for each of ``TRAINED``; in a checkout, not in a wheel."""
+
+TRAINED_CACHES = "0+256,1+255,2+254,4+252"
+"""Half of their context: every query then stands at a slot that training has shown often."""
+TRAINED_TOKENS = 30_000
+"""About a minute for all four on two cores."""
+
+TOO_EARLY = (
+    "This was the whole path, on real text and with real training, but not yet the paper's effect: attention sinks "
+    "grow over thousands of steps, and these models have had {steps:,}."
+)
+NOT_HERE = (
+    "The models that were trained for long enough come with the project's repository, in results/laptop/models, and "
+    "are not part of this installation: run the demo from a checkout to see them."
 )
 
 
@@ -51,8 +72,10 @@ def standard_library() -> list[str]:
     ]
 
 
-def demo(out: str = "demo", text: str = "", steps: int = 600, paper: bool = True) -> None:
-    """Prepare text, train three small models, stream them and print the table. An interrupted demo goes on.
+def demo(out: str = "demo", text: str = "", steps: int = 400, paper: bool = True) -> None:
+    """Prepare text, train three small models, stream them; then stream models that were trained for long.
+
+    An interrupted demo goes on.
 
     Args:
         out: folder for everything.
@@ -64,14 +87,19 @@ def demo(out: str = "demo", text: str = "", steps: int = 600, paper: bool = True
 
     from data_prep.prepare import PrepareConfig, describe, prepare
     from sinkpretrain.compare import compare, print_table
-    from sinkpretrain.evaluate import stream
     from sinkpretrain.train import train
 
     console, started, folder = Console(), time.monotonic(), Path(out)
     sources = [text] if text else standard_library()
+    at_hand = all((MODELS / name / "config.json").is_file() for name in TRAINED)
 
     def stage(number: int, title: str) -> None:
-        console.print(f"\n[bold]{number}/4 {title}[/bold]  ({time.monotonic() - started:.0f} s so far)")
+        console.print(f"\n[bold]{number}/5 {title}[/bold]  ({time.monotonic() - started:.0f} s so far)")
+
+    def show(comparison: Comparison, title: str) -> None:
+        print_table(comparison, console, title)
+        console.print(f"\npage:   {comparison.out / 'index.html'}", highlight=False, soft_wrap=True)
+        console.print(f"tables: {comparison.out / 'comparison.md'}\n", highlight=False, soft_wrap=True)
 
     stage(1, f"text to tokens: {'your text' if text else 'the standard library of this Python'}")
     manifest = prepare(
@@ -79,13 +107,11 @@ def demo(out: str = "demo", text: str = "", steps: int = 600, paper: bool = True
             source=sources,
             out=folder / "data",
             train_tokenizer="bpe:2048",
-            validation_fraction=0.05,
+            validation_fraction=HELD_OUT,
         )
     )
     console.print(describe(manifest), highlight=False, soft_wrap=True)
-    held_out = manifest.splits["validation"].tokens if "validation" in manifest.splits else 0
-    if held_out < 1000:
-        raise UserError(f"the text leaves only {held_out} tokens to evaluate on; give more text (a few megabytes).")
+    _held_out(manifest)
 
     stage(2, f"training {len(SINKS)} models of the same size on the same batches")
     runs = []
@@ -97,21 +123,101 @@ def demo(out: str = "demo", text: str = "", steps: int = 600, paper: bool = True
         runs.append(run)
 
     stage(3, "streaming over text that none of them has seen")
-    for run in runs:
-        stream(
-            str(run),
-            tokens=str(folder / "data"),
-            split="validation",
-            cache=CACHES,
-            out=str(folder / "results" / run.name),
-            max_tokens=min(held_out, STREAMED_TOKENS),
-        )
+    results = _stream_each(runs, folder / "data", CACHES, STREAMED_TOKENS, folder / "results")
 
-    stage(4, "comparison")
-    results = [folder / "results" / run.name for run in runs]
-    comparison = compare([*results, *runs], folder / "comparison", paper=paper)
-    print_table(comparison, console)
-    console.print(f"\npage:   {folder / 'comparison' / 'index.html'}", highlight=False, soft_wrap=True)
-    console.print(f"tables: {folder / 'comparison' / 'comparison.md'}\n", highlight=False, soft_wrap=True)
-    console.print(HONEST, highlight=False)
+    stage(4, "comparison of the models just trained")
+    comparison = compare([*results, *runs], folder / "comparison", paper=paper and not at_hand)
+    show(comparison, f"just trained, {steps:,} steps: streaming perplexity")
+    console.print(TOO_EARLY.format(steps=steps), highlight=False)
+
+    stage(5, "reproduction: models that were trained for long, over the same text")
+    if at_hand:
+        comparison = reproduce(MODELS, sources, folder / "reproduction", paper)
+        console.print(_origin(comparison), highlight=False)
+        show(comparison, "trained for long: streaming perplexity")
+        console.print(finding(comparison.records["differences"]), highlight=False)
+    else:
+        console.print(NOT_HERE, highlight=False)
     console.print(f"\n{time.monotonic() - started:.0f} s in all.", highlight=False)
+
+
+def reproduce(models: Path, sources: list[str], out: Path, paper: bool = True) -> Comparison:
+    """Stream the ``TRAINED`` models over the held-out part of a text, in their own tokens, and compare them.
+
+    Raises:
+        UserError: the text is too short.
+    """
+    from data_prep.prepare import PrepareConfig, prepare
+    from sinkpretrain.compare import compare
+
+    # Without its sink tokens, which no text holds, the tokenizer is the same for all.
+    tokenizer = str(models / "vanilla")
+    prepare(PrepareConfig(source=sources, out=out / "data", tokenizer=tokenizer, validation_fraction=HELD_OUT))
+    folders = [models / name for name in TRAINED]
+    results = _stream_each(folders, out / "data", TRAINED_CACHES, TRAINED_TOKENS, out / "results")
+    return compare(results, out / "comparison", paper=paper)
+
+
+def _stream_each(models: list[Path], data: Path, cache: str, tokens: int, out: Path) -> list[Path]:
+    """Stream each model over the first held-out tokens; returns the folders of their results."""
+    from sinkpretrain.evaluate import stream
+
+    count = min(tokens, _held_out(Manifest.load(data)))
+    for model in models:
+        where = str(out / model.name)
+        stream(str(model), tokens=str(data), split="validation", cache=cache, out=where, max_tokens=count)
+    return [out / model.name for model in models]
+
+
+def _held_out(manifest: Manifest) -> int:
+    """Tokens to stream over; raises UserError if there are too few."""
+    count = manifest.splits["validation"].tokens if "validation" in manifest.splits else 0
+    if count < 1000:
+        raise UserError(f"the text leaves only {count} tokens to evaluate on; give more text (a few megabytes).")
+    return count
+
+
+def _origin(comparison: Comparison) -> str:
+    """Which models these are, as they say themselves."""
+    models = [result.data["model"] for result in comparison.found.results]
+    steps = [m["step"] for m in models]
+    trained = " to ".join(f"{step:,}" for step in sorted({min(steps), max(steps)}))
+    size = max(m["parameters"] for m in models) / 1e6
+    return (
+        f"{len(models)} models of {size:.1f}M parameters, trained for {trained} steps on source code and books, "
+        f"without Python's standard library; their cards are in {MODELS}."
+    )
+
+
+def finding(differences: list[Record]) -> str:
+    """What was measured, in words that the numbers choose.
+
+    Args:
+        differences: records of ``comparison.numbers.own_differences``, of caches of the size of ``TRAINED_CACHES``.
+    """
+    none, one, *_, all_kept = TRAINED_CACHES.split(",")
+    found = {(d["mechanism"], d["setting"]): d for d in differences if d["title"] == d["against"]}
+    without, ordinary, sink = found["vanilla", none], found["vanilla", one], found["sink_tokens(n=1)", one]
+
+    def says(d: Record) -> str:
+        return f"{change(percent(d['nats']))} % ({interval(d['low'], d['high'])})"
+
+    if without["low"] <= 0:
+        verdict = "On this text vanilla does not need its first tokens: the paper's effect does not show."
+    elif sink["high"] >= without["low"]:
+        verdict = "Vanilla needs its first tokens, but a sink token kept alone does not clearly lose less than that."
+    elif ordinary["low"] <= max(0.0, sink["high"]):
+        verdict = (
+            "Vanilla needs its first tokens. A sink token kept alone loses less than that, though not clearly less "
+            "than one ordinary token."
+        )
+    else:
+        verdict = (
+            "This is the paper's effect: vanilla needs its first tokens, one of them does not replace four, and a "
+            "trained sink token kept alone loses less."
+        )
+    return (
+        f"Change of perplexity against the cache {all_kept}, with 95 % intervals over blocks of this text and one "
+        f"training each: vanilla without its first tokens ({none}) {says(without)}; vanilla with one of them ({one}) "
+        f"{says(ordinary)}; the sink token as the only one kept ({one}) {says(sink)}. {verdict}"
+    )

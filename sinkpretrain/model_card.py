@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sinkpretrain import __version__, metrics, sinks
-from sinkpretrain.config import RunConfig, load_yaml
+from sinkpretrain.config import RunConfig, load_yaml, to_dict
 from sinkpretrain.errors import UserError
 from sinkpretrain.exporters import FORMS, Form
 from sinkpretrain.files import read_json
@@ -133,7 +135,8 @@ def _training(loaded: LoadedModel) -> str:
     run = loaded.files[0].parent.parent
     try:
         config = load_yaml(RunConfig, run / "config.yaml")
-        data = read_json(run / "run.json")["data"]
+        about = read_json(run / "run.json")
+        data = about["data"]
     except (UserError, KeyError):
         return ""
     c, o, t = config.data, config.optimizer, config.training
@@ -147,10 +150,46 @@ def _training(loaded: LoadedModel) -> str:
         "seeds": f"weights {t.seed}, data {c.seed}",
         "document mask": "yes" if c.document_mask else "no",
         "data": ", ".join(f"{k} `{v}`" for k, v in data.items()),
+        "tokens read": f"{(loaded.step or 0) * c.batch_size * config.model.context:,}, what is prepended included",
+        "trained with": _machines(about.get("attempts", [])),
         **_measures(run, loaded.step),
     }
-    lines = "\n".join(f"| {k} | {v} |" for k, v in rows.items())
-    return f"\n## How it was trained\n\n| | |\n|---|---|\n{lines}\n"
+    lines = "\n".join(f"| {k} | {v} |" for k, v in rows.items() if v)
+    return f"""
+## How it was trained
+
+| | |
+|---|---|
+{lines}
+
+The recipe, as `sinkpretrain train --config FILE --data.path DATA` takes it (the rest is as by default):
+
+```yaml
+{_recipe(config)}```
+"""
+
+
+def _machines(attempts: list[dict[str, Any]]) -> str:
+    """Devices, versions and commits of a run's attempts, each once."""
+    found = [
+        f"{a['device']}, torch {a['versions']['torch']}, sinkpretrain {a['versions']['sinkpretrain']}"
+        + (f" at commit {a['commit']}" if a.get("commit") else "")
+        for a in attempts
+        if {"device", "versions"} <= a.keys()
+    ]
+    return "; then ".join(dict.fromkeys(found))
+
+
+def _recipe(config: RunConfig) -> str:
+    """The settings that are not the defaults, as YAML; not where a machine kept its files, nor what it logged."""
+    told, usual = to_dict(config), to_dict(RunConfig())
+    for name in ("path", "validation_path"):
+        told["data"].pop(name)
+    changed = {
+        group: {k: v for k, v in told[group].items() if v != usual[group][k]}
+        for group in ("model", "sink", "data", "optimizer", "training")
+    }
+    return yaml.safe_dump({group: settings for group, settings in changed.items() if settings}, sort_keys=False)
 
 
 def _measures(run: Path, step: int | None) -> dict[str, str]:

@@ -33,10 +33,12 @@ def make_tokenizer(file: Path) -> Path:
     return file
 
 
-def make_run(folder: Path, sink: SinkConfig, tokenizer: Path | None, config: ModelConfig = CONFIG) -> Path:
+def make_run(
+    folder: Path, sink: SinkConfig, tokenizer: Path | None, config: ModelConfig = CONFIG, seed: int = 4
+) -> Path:
     (folder / "weights").mkdir(parents=True)
     (folder / "config.yaml").write_text("name: small\n")
-    save_weights(peaked(GPTNeoX(config, sink, seed=4)), folder / "weights/step-0000012.safetensors", 12, "small")
+    save_weights(peaked(GPTNeoX(config, sink, seed=seed)), folder / "weights/step-0000012.safetensors", 12, "small")
     if tokenizer:
         (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
     return folder

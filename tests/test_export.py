@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, processors
 from sinkpretrain import export as export_module
 from sinkpretrain import export_tokenizer, exporters, hf, seeded_slot
 from sinkpretrain.attention import causal_attention
-from sinkpretrain.config import ModelConfig, SinkConfig
+from sinkpretrain.config import ModelConfig, RunConfig, SinkConfig, load_yaml
 from sinkpretrain.errors import UserError
 from sinkpretrain.export import TOLERANCE, Exported, export
 from sinkpretrain.export_tokenizer import VerificationError
@@ -470,8 +470,22 @@ def test_a_card_tells_of_the_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(dataclasses.replace(config(make_data(tmp_path / "data"), run), sink=SinkConfig("softpick")))
     (run / "tokenizer.json").unlink()  # the made one is no tokenizer
-    export(run, tmp_path / "hf")
+    (weights,) = (run / "weights").glob("step-*08.safetensors")
+    export(weights, tmp_path / "hf")
     card = (tmp_path / "hf/README.md").read_text(encoding="utf-8")
-    for fact in ("8 samples of 64 tokens", "peak learning rate 0.003", "validation loss", "train_sha256", "Sink_1"):
+    for fact in (
+        "8 samples of 64 tokens",
+        "peak learning rate 0.003",
+        "validation loss",
+        "train_sha256",
+        "Sink_1",
+        "tokens read | 4,096,",
+        f"torch {torch.__version__}",
+    ):
         assert fact in card, fact
     assert str(tmp_path) not in card
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(card.partition("```yaml\n")[2].partition("```")[0], encoding="utf-8")
+    told, trained = load_yaml(RunConfig, recipe), load_yaml(RunConfig, run / "config.yaml")
+    data = dataclasses.replace(trained.data, path="", validation_path="")
+    assert told == dataclasses.replace(trained, out="", name="", log=told.log, data=data)

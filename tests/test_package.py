@@ -30,7 +30,7 @@ def test_recipes_travel_with_the_package(wheel: Path, tmp_path: Path) -> None:
     assert "sinkpretrain/configs/sinks/one-sink-token.yaml" in names
     assert "sinkpretrain/comparison/page.html.jinja" in names
     assert "data_prep/prepare.py" in names
-    assert not any(n.startswith(("tests/", "configs/")) for n in names)
+    assert not any(n.startswith(("tests/", "configs/", "results/")) for n in names)
     done = subprocess.run(
         [sys.executable, "-m", "sinkpretrain", "train", "--config", "pythia-160m,one-sink-token"],
         capture_output=True,
