@@ -38,20 +38,28 @@ def decode_figure(report: dict[str, Any]) -> Figure:
                 )
                 lines.setdefault(f"{label}, the paper's (A6000)", line)
         time.set_title(model)
-        time.set_yscale("log")
-        memory.set_ylim(bottom=0)
+        _milliseconds(time)
+        memory.set_ylim(0, 1.1 * max(float(max(line.get_ydata())) for line in memory.lines))
         memory.set_xlabel("cache, tokens")
         _sizes(memory, sorted({f["length"] for f in found}))
         for axis in (time, memory):
             tidy(axis)
     axes[0, 0].set_ylabel("ms per token")
     axes[1, 0].set_ylabel("memory, GiB")
+    figure.align_ylabels(axes[:, 0])
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(2, len(lines)), frameon=False)
     return figure
 
 
 def _length(figure: dict[str, Any]) -> int:
     return int(figure["length"])
+
+
+def _milliseconds(axis: Axes) -> None:
+    """Logarithmic, with numbers as one says them at 1, 2 and 5."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if f"{value:e}"[0] in "25" else ""))
 
 
 def _sizes(axis: Axes, lengths: list[int]) -> None:

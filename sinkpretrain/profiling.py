@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 CLASSES = {
-    "attention": r"flash|fmha|cudnn.*(attn|sdpa)|sdpa|attention",
+    "attention": r"flash|fmha|cudnn|sdpa|attention",
     "matrix products": r"gemm|cutlass|nvjet|wgmma|matmul|_mm_|splitk",
     "loss": r"_cross_entropy|log_softmax|nll",
     "GELU": r"_gelu",

@@ -85,6 +85,8 @@ def test_unknown_names_are_refused_at_once(tmp_path: Path) -> None:
     [
         ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_TNT", "matrix products"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_3_64x64x64", "attention"),
+        ("void cudnn::fusion::compute_dot_do_o_specialized<true, 64>(void const*, void const*, void*", "attention"),
+        ("void cudnn::fusion::convert_dq_to_16bits<true>(void const*, void*, unsigned int", "attention"),
         ("_add_norms_backward_kernel", "residual sums and norms"),
         ("triton_per_fused_native_layer_norm_0", "residual sums and norms"),
         ("triton_poi_fused_add_3", "compiled elementwise"),

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from sinkpretrain.bench_decode import SHAPES, Recomputing, build, jobs, pairs, table
+from sinkpretrain.bench_figures import decode_figure
 from sinkpretrain.cli import main
 from sinkpretrain.sampling import Sampler, Sampling
 
@@ -42,6 +44,23 @@ def test_the_papers_numbers_stand_beside_ours() -> None:
     }  # fmt: skip
     assert "| 300 | 12 | 25.0x | 2355 / 106 | 22.2x |" in table(report)
     assert "left out: x" in table(report)
+
+
+def test_every_point_is_inside_its_panel_and_numbers_are_plain() -> None:
+    figures = [
+        {"model": "llama-2-13b", "length": n, "strategy": s, "drawing": "temperature", "parameters": 13,
+         "milliseconds": ms, "peak_memory_bytes": (25 + n / 1000) * 2**30}
+        for n, slow, fast in ((256, 17.6, 12.1), (4096, 231.0, 14.5))
+        for s, ms in (("recompute", slow), ("streaming", fast))
+    ]  # fmt: skip
+    figure = decode_figure({"device": "d", "figures": figures})
+    FigureCanvasAgg(figure).draw()
+    time, memory = figure.axes
+    assert memory.get_ylim()[1] > 1.05 * 29.096
+    assert memory.get_ylim()[0] == 0
+    shown = [t.get_text() for t in (*time.get_yticklabels(), *time.get_yticklabels(minor=True)) if t.get_text()]
+    assert {"20", "50", "100", "2,000"} <= set(shown)
+    assert not any("10^" in text or "e+" in text for text in shown)
 
 
 def test_recomputing_is_a_fresh_forward_over_the_last_tokens() -> None:
