@@ -57,6 +57,7 @@ def export(
     dtype: Literal["float32", "bfloat16"] = "float32",
     architecture: Literal["auto", "stock", "own"] = "auto",
     overwrite: bool = False,
+    note: str = "",
 ) -> Exported:
     """Write ``model`` as a folder that transformers' AutoModelForCausalLM and AutoTokenizer load.
 
@@ -67,6 +68,7 @@ def export(
         architecture: stock is transformers' own GPT-NeoX class, own that of this package; auto takes stock where it
             computes the same.
         overwrite: replace ``out`` if it is an earlier export.
+        note: what the files do not know, such as which text the model was trained on; a paragraph of the model card.
 
     Raises:
         UserError: ``out`` exists, the architecture cannot compute the model, the tokenizer does not fit, or the disk
@@ -87,7 +89,7 @@ def export(
             write_model(temporary, loaded, form, getattr(torch, dtype), special_tokens(tokenizer))
             if tokenizer:
                 write_tokenizer(temporary, loaded, tokenizer)
-            (temporary / "README.md").write_text(model_card(loaded, form, tokenizer, dtype), encoding="utf-8")
+            (temporary / "README.md").write_text(model_card(loaded, form, tokenizer, dtype, note), encoding="utf-8")
             difference = _verify(temporary, loaded, form)
             if out.exists():
                 out.rename(old)

@@ -1,4 +1,4 @@
-"""The model card of an exported folder: only what is known from the files."""
+"""The model card of an exported folder: what is known from the files, and what the user adds."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ from sinkpretrain.load import LoadedModel
 from sinkpretrain.mechanism import NOTHING
 
 
-def model_card(loaded: LoadedModel, form: Form, tokenizer: Any, dtype: str) -> str:
-    """What the model is, what it was trained on and how it did, how to load and to stream it; Markdown."""
+def model_card(loaded: LoadedModel, form: Form, tokenizer: Any, dtype: str, note: str = "") -> str:
+    """What the model is, what it was trained on and how it did, how to load and to stream it; Markdown.
+
+    Args:
+        note: a paragraph of the user's own.
+    """
     model, about = loaded.trained, loaded.provenance()
     config = model.config
     kind = sinks.mechanism_class(model.sink_config)
     window = f"{config.window} tokens before each, and the first {config.window_sinks}" if config.window else "none"
+    paragraph = f"\n{note.strip()}\n" if note.strip() else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -30,7 +35,7 @@ pipeline_tag: text-generation
 
 A GPT-NeoX language model with the sink mechanism `{loaded.label}`, exported by sinkpretrain {__version__} for
 transformers: {FORMS[form]}.
-
+{paragraph}
 | | |
 |---|---|
 | sink mechanism | `{loaded.label}`: {kind.summary} ({kind.source}) |
@@ -143,7 +148,7 @@ def _training(loaded: LoadedModel) -> str:
     after = "" if o.schedule == "constant" else f" to {o.min_lr}"
     rows = {
         "batch": f"{c.batch_size} samples of {config.model.context} tokens",
-        "optimizer": f"AdamW, peak learning rate {o.lr}, {o.schedule}{after}, warm-up {o.warmup:.0%}, "
+        "optimizer": f"AdamW, peak learning rate {o.lr}, {o.schedule}{after}, warm-up {100 * o.warmup:g} %, "
         f"weight decay {o.weight_decay}",
         "steps planned": f"{t.steps}",
         "precision": t.precision,

@@ -471,9 +471,10 @@ def test_a_card_tells_of_the_run(tmp_path: Path) -> None:
     train(dataclasses.replace(config(make_data(tmp_path / "data"), run), sink=SinkConfig("softpick")))
     (run / "tokenizer.json").unlink()  # the made one is no tokenizer
     (weights,) = (run / "weights").glob("step-*08.safetensors")
-    export(weights, tmp_path / "hf")
+    export(weights, tmp_path / "hf", note="Trained on a made text.\n")
     card = (tmp_path / "hf/README.md").read_text(encoding="utf-8")
     for fact in (
+        "\n\nTrained on a made text.\n\n| | |",
         "8 samples of 64 tokens",
         "peak learning rate 0.003",
         "validation loss",
