@@ -64,7 +64,7 @@ def folded(q: Tensor, k: Tensor, v: Tensor, reach: int, slopes: Tensor | None) -
     out, lse = masked_attention(q, k, v, bias)
     out = out.reshape(B, n, H, FOLD, -1).transpose(1, 2).flatten(2, 3)
     lse = lse.reshape(B, n, H, FOLD).transpose(1, 2).flatten(2, 3)
-    return out[:, :, n * FOLD - T :], lse[:, :, n * FOLD - T :]
+    return _unpadded(out, n * FOLD - T), _unpadded(lse, n * FOLD - T)
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, reach: int, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -85,6 +85,11 @@ def _padded(x_BHSD: Tensor, front: int) -> Tensor:
     return F.pad(x_BHSD, (0, 0, front, 0)) if front else x_BHSD
 
 
+def _unpadded(x: Tensor, front: int) -> Tensor:
+    """Without so many rows in front; copied, so that code is compiled once for these and for what was not padded."""
+    return x[:, :, front:].clone() if front else x
+
+
 def flex(q: Tensor, k: Tensor, v: Tensor, reach: int, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
     """FlexAttention with a block mask, compiled where there is a GPU.
 
@@ -98,7 +103,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, reach: int, slopes: Tensor | None) -> 
         _padded(q, rows - T), _padded(k, width - S), _padded(v, width - S),
         score_mod=score, block_mask=mask, enable_gqa=k.shape[1] != q.shape[1], return_aux=_want_lse(),
     )  # fmt: skip
-    return out[:, :, rows - T :], aux.lse[:, :, rows - T :]
+    return _unpadded(out, rows - T), _unpadded(aux.lse, rows - T)
 
 
 KERNELS: dict[str, Kernel] = {"masked": masked, "folded": folded, "flash": flash, "flex": flex}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sinkpretrain import sinks
@@ -31,19 +32,25 @@ from sinkpretrain.language import Attend, LanguageModel
 from sinkpretrain.mechanism import Weigh
 from sinkpretrain.ops import can_compile, compiled
 
-FEW = 16
-"""Initial keys up to which a product is taken element by element, which a compiler fuses with what is around it."""
+FEW = (4, 8, 16)
+"""So many initial keys are taken element by element, which a compiler fuses with what is around it. Such code is for
+one number of keys and takes seconds to compile: numbers in between are filled up with keys that nothing sees."""
 
 
 @dataclass(frozen=True)
 class LayerCache:
     """Keys and values that one layer keeps, each [B, H, S, D]: the first x (rotated to their slots for good) and the
-    last y (not rotated, since their slots move)."""
+    last y (not rotated, since their slots move).
+
+    settled: keys and values of the first x as they are merged once all queries stand at the last slot; the same for
+        every later block.
+    """
 
     start_k: Tensor
     start_v: Tensor
     band_k: Tensor
     band_v: Tensor
+    settled: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def empty(cls, like: Tensor) -> LayerCache:
@@ -104,8 +111,18 @@ class BandedAttention:
         band = Band(self, first, length, low)
         start = {window: Seen.of(model, window, place_T[:, None], start_S) for window in set(model.windows)}
         seen_T = {window: start[window].visible.sum(-1) + band.count(window) for window in set(model.windows)}
-        turn: Callable[..., Tensor] = compiled(rotate) if self.fuse else rotate
-        merge: Callable[..., tuple[Tensor, Tensor]] = compiled(merge_start) if self.fuse else merge_start
+        fuse = self.fuse and length > 1  # for a single row, code would be compiled by itself
+        turn: Callable[..., Tensor] = compiled(rotate) if fuse else rotate
+        filled = filled_up(len(start_S)) if self.fuse else len(start_S)
+        merge: Callable[..., tuple[Tensor, Tensor]] = merge_start
+        if fuse:
+            merge = compiled(merge_few_start if filled in FEW else merge_start)
+
+        def fill(x: Tensor, dim: int, value: float = 0.0) -> Tensor:
+            more = filled - x.shape[dim]
+            return F.pad(x, (0, 0) * (-1 - dim) + (0, more), value=value) if more else x
+
+        start_bias = {window: fill(seen.bias, -1, float("-inf")) for window, seen in start.items()}
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> Tensor:
             old = self.layers[layer] or LayerCache.empty(k)
@@ -115,23 +132,34 @@ class BandedAttention:
                 start_v = torch.cat((start_v, v[:, :, :n_new]), dim=2)
             band_k = torch.cat((old.band_k, k[:, :, n_new:]), dim=2)
             band_v = torch.cat((old.band_v, v[:, :, n_new:]), dim=2)
+            begin = old.settled
+            if begin is None and start_k.shape[2] and sink.weigher is None:
+                begin_k = start_k if rope_back is None else rotate(start_k, *rope_back)
+                begin = fill(begin_k, -2), fill(start_v, -2)
             keep = max(0, band_k.shape[2] - y)
-            self.layers[layer] = LayerCache(start_k, start_v, band_k[:, :, keep:].clone(), band_v[:, :, keep:].clone())
+            self.layers[layer] = LayerCache(
+                start_k, start_v, band_k[:, :, keep:].clone(), band_v[:, :, keep:].clone(), begin if settled else None
+            )
             window, has_column = model.windows[layer], sink.adds_column and not self.drop_column
-            q_band, band_k = turn(q, *rope_band_q), turn(band_k, *rope_band_k)
+            q_band, band_k = turn(q, *rope_band_q), turn(band_k, *rope_band_k) if band_k.shape[2] else band_k
             towards = start_k.shape[2] and rope_back is None
             q_place = turn(q, *rope_place_q) if has_column or sink.weigher or towards else None
             if sink.weigher is not None:
                 assert q_place is not None
-                begin = Keys(q_place, start_k, start_v)
-                return band.weighed(window, Keys(q_band, band_k, band_v), begin, start[window].visible, sink.weigher)
+                first_keys = Keys(q_place, start_k, start_v)
+                return band.weighed(
+                    window, Keys(q_band, band_k, band_v), first_keys, start[window].visible, sink.weigher
+                )
             if band_k.shape[2]:
                 out, lse = band.softmax(window, Keys(q_band, band_k, band_v))
             else:
-                out, lse = torch.zeros_like(q), torch.full(q.shape[:3], float("-inf"), device=device)
-            if start_k.shape[2]:
-                begin_q, begin_k = (q_place, start_k) if rope_back is None else (q, rotate(start_k, *rope_back))
-                out, lse = merge(out, lse, begin_q, begin_k, start_v, start[window].bias)
+                out, lse = q.new_zeros(q.shape), torch.full(q.shape[:3], float("-inf"), device=device)
+            if begin is not None:
+                begin_q = q if q_place is None or settled else q_place
+                if self.fuse and not settled:
+                    # In memory as q is, or code would be compiled once for these queries and once for settled ones.
+                    begin_q = torch.empty_strided(q.shape, q.stride(), dtype=q.dtype, device=device).copy_(begin_q)
+                out, lse = merge(out, lse, begin_q, *begin, start_bias[window])
             return merge_column(
                 out, lse, sink.column(q_place, seen_T[window]) if has_column and q_place is not None else None
             )
@@ -233,16 +261,25 @@ class Seen(NamedTuple):
         return cls(visible, distance_bias(query - key, model.slopes, visible))
 
 
+def filled_up(count: int) -> int:
+    """How many keys compiled code takes for ``count`` initial ones (``FEW``)."""
+    return next((n for n in FEW if count <= n), count) if count else 0
+
+
 def merge_start(
     out: Tensor, lse: Tensor, q: Tensor, start_k: Tensor, start_v: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Add the first x keys to the softmax over the band; in fp32."""
     keys, values = (spread_heads(x, q.shape[1]).float() for x in (start_k, start_v))
-    scale = q.shape[-1] ** -0.5
-    if start_k.shape[2] > FEW or not q.is_cuda:
-        return merge_keys(out, lse, q.float() @ keys.mT * scale + bias, values)
-    # Products with so few keys, taken element by element, are fused with what is around them.
-    logits = (q.float().unsqueeze(3) * keys.unsqueeze(2)).sum(-1) * scale + bias
+    return merge_keys(out, lse, q.float() @ keys.mT * q.shape[-1] ** -0.5 + bias, values)
+
+
+def merge_few_start(
+    out: Tensor, lse: Tensor, q: Tensor, start_k: Tensor, start_v: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``merge_start`` with products taken element by element: compiled, they are fused with what is around them."""
+    keys, values = (spread_heads(x, q.shape[1]).float() for x in (start_k, start_v))
+    logits = (q.float().unsqueeze(3) * keys.unsqueeze(2)).sum(-1) * q.shape[-1] ** -0.5 + bias
     return merge_few(out, lse, logits, values)
 
 

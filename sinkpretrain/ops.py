@@ -36,6 +36,8 @@ def can_compile(device: torch.device) -> bool:
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` through torch.compile, once for all shapes and all who ask; itself where the compiler fails."""
+    # Sizes of 1 and orders of axes in memory are compiled anew; beyond its limit, torch stops compiling in silence.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     fast: Callable[..., Any] | None = torch.compile(function, dynamic=True)
 
     @wraps(function)

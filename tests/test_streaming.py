@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, peaked
 
+from sinkpretrain import banded, ops, scoring
 from sinkpretrain.banded import BandedAttention
 from sinkpretrain.cache import Cache
 from sinkpretrain.config import SinkConfig
@@ -132,6 +136,62 @@ def test_memory_does_not_grow_with_the_text() -> None:
         layer = attend.layers[0]
         seen.append((layer.start_k.shape[2], layer.band_k.shape[2]))
     assert set(seen) == {(2, 30)}
+
+
+# --- as on a GPU, where what lies between the products is compiled ---------------------------------------------------
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Streams compile as they do on a GPU, as far as a graph; the list has every graph."""
+    found: list[Any] = []
+
+    def backend(graph: Any, inputs: list[Any]) -> Any:
+        found.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    ops.compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    for module in (banded, scoring):
+        monkeypatch.setattr(module, "can_compile", lambda device: True)
+    yield found
+    torch._dynamo.reset()
+    ops.compiled.cache_clear()
+
+
+@pytest.mark.filterwarnings("error:.*is not compiled")
+def test_settings_and_models_share_compiled_code(graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph costs seconds on a GPU. Here: rotation of queries and of keys, the first keys' merge, the loss."""
+    nets = [peaked(GPTNeoX(TINY, seed=seed)).eval() for seed in (4, 5)]
+    caches = [Cache(x, 40 - x) for x in (0, 1, 2, 4)]
+    for length, block in ((600, 256), (300, 90), (271, 90)):  # the last block is shorter, or of one token
+        got = [stream_nll(net, text(length), cache, block=block) for net in nets for cache in caches]
+        assert 3 <= len(graphs) <= 4, [graph.code for graph in graphs]
+        with monkeypatch.context() as plain:
+            for module in (banded, scoring):
+                plain.setattr(module, "can_compile", lambda device: False)
+            want = [stream_nll(net, text(length), cache, block=block) for net in nets for cache in caches]
+        for a, b in zip(got, want, strict=True):
+            assert np.abs(a - b).max() < 1e-5
+    for x in (3, 5, 8, 7, 16, 11, 17, 30):  # three more merges: of 8 and of 16 keys, and of any number
+        stream_nll(nets[0], text(300), Cache(x, 40 - x), block=90)
+        stream_nll(nets[0], text(300), Cache(x, 30), block=50)
+    assert len(graphs) <= 7
+
+
+@pytest.mark.parametrize("sink", ["vanilla", "zero_sink", "softpick"])
+@pytest.mark.parametrize("cache", ["0+16", "1+15", "4+12", "5+1", "17+3"])
+def test_fused_equals_plain(sink: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of operations that is compiled on a GPU, here without a compiler."""
+    net, ids, kept = peaked(GPTNeoX(TINY, SinkConfig(sink), seed=4)).eval(), text(90), Cache.parse(cache)
+    parts = [slice(0, 40), slice(40, 71), slice(71, 73), slice(73, 90)]
+    ways: list[dict[str, Any]] = [{"block": b} for b in (1, 7, 64)] + [{"block": 44}, {"block": 64, "parts": parts}]
+    want = [stream_nll(net, ids, kept, **way) for way in ways]
+    monkeypatch.setattr(banded, "can_compile", lambda device: True)
+    monkeypatch.setattr(banded, "compiled", lambda function: function)
+    for way, plain in zip(ways, want, strict=True):
+        np.testing.assert_allclose(stream_nll(net, ids, kept, **way), plain, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("bad", ["4", "4+", "+4", "4+0", "a+b", "-1+4", "4,1020"])
