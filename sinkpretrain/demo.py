@@ -199,9 +199,14 @@ def finding(differences: list[Record]) -> str:
     found = {(d["mechanism"], d["setting"]): d for d in differences if d["title"] == d["against"]}
     without, ordinary, sink = found["vanilla", none], found["vanilla", one], found["sink_tokens(n=1)", one]
 
-    def says(d: Record) -> str:
-        return f"{change(percent(d['nats']))} % ({interval(d['low'], d['high'])})"
-
+    lines = {
+        f"vanilla without its first tokens ({none})": without,
+        f"vanilla with one of them ({one})": ordinary,
+        f"one sink token, kept alone ({one})": sink,
+        f"one sink token, evicted ({none})": found.get(("sink_tokens(n=1)", none)),
+        f"two sink tokens, one of them evicted ({one})": found.get(("sink_tokens(n=2)", one)),
+        f"zero sink, its column left out ({none})": found.get(("zero_sink", f"{none}-nocolumn")),
+    }
     if without["low"] <= 0:
         verdict = "On this text vanilla does not need its first tokens: the paper's effect does not show."
     elif sink["high"] >= without["low"]:
@@ -216,8 +221,12 @@ def finding(differences: list[Record]) -> str:
             "This is the paper's effect: vanilla needs its first tokens, one of them does not replace four, and a "
             "trained sink token kept alone loses less."
         )
-    return (
-        f"Change of perplexity against the cache {all_kept}, with 95 % intervals over blocks of this text and one "
-        f"training each: vanilla without its first tokens ({none}) {says(without)}; vanilla with one of them ({one}) "
-        f"{says(ordinary)}; the sink token as the only one kept ({one}) {says(sink)}. {verdict}"
+    told = [
+        f"  {what:<48} {change(percent(d['nats'])):>8} % ({interval(d['low'], d['high'])})"
+        for what, d in lines.items()
+        if d
+    ]
+    head = (
+        f"Change of perplexity against the same model's {all_kept} (95 % over blocks of this text; one training each):"
     )
+    return "\n".join([head, *told, "", verdict])
