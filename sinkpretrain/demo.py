@@ -11,14 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sinkpretrain.comparison.blocks import change, interval
-from sinkpretrain.comparison.numbers import Record, percent
 from sinkpretrain.config import RunConfig, load_yaml, recipe_path, sink_recipe
 from sinkpretrain.errors import UserError
 from sinkpretrain.tokens import Manifest
 
 if TYPE_CHECKING:
     from sinkpretrain.compare import Comparison
+    from sinkpretrain.comparison.numbers import Record
 
 SINKS = ("vanilla", "zero-sink", "one-sink-token")
 """Recipes of the mechanisms that the demo trains."""
@@ -195,10 +194,12 @@ def finding(differences: list[Record]) -> str:
     Args:
         differences: records of ``comparison.numbers.own_differences``, of caches of the size of ``TRAINED_CACHES``.
     """
+    from sinkpretrain.comparison.blocks import change, interval
+    from sinkpretrain.comparison.numbers import percent
+
     none, one, *_, all_kept = TRAINED_CACHES.split(",")
     found = {(d["mechanism"], d["setting"]): d for d in differences if d["title"] == d["against"]}
     without, ordinary, sink = found["vanilla", none], found["vanilla", one], found["sink_tokens(n=1)", one]
-
     lines = {
         f"vanilla without its first tokens ({none})": without,
         f"vanilla with one of them ({one})": ordinary,
