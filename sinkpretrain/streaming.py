@@ -255,16 +255,18 @@ def recompute_nll(
     Args:
         stride: tokens from one window to the next; each window scores its last ``stride`` tokens.
         sample: draw so many of the windows that are full (all but a stream's first), at random but always the same
-            ones; the tokens that no drawn window scores have the loss NaN. 0, or more than there are: all windows.
+            ones, with and without sinks, so that models can be compared; the tokens that no drawn window scores have
+            the loss NaN. 0, or more than there are: all windows.
         parts: see ``stream_nll``; no window reaches beyond its part.
     """
     size = block if isinstance(block, BlockSize) else BlockSize(block)
     text = text_of_window(model, window, stride)
     n_prefix = len(model.prefix_ids)
-    windows = _windows(parts or [slice(0, len(ids))], text, stride)
-    full = windows[windows[:, 2] - windows[:, 0] >= text - stride]
+    windows, number = _windows(parts or [slice(0, len(ids))], text, stride, n_prefix)
+    full = np.flatnonzero(number >= 0)
     if 0 < sample < len(full):
-        windows = full[np.sort(np.random.default_rng(0).choice(len(full), sample, replace=False))]
+        lot = np.random.default_rng(0).random(len(ids))[number[full]]
+        windows = windows[np.sort(full[np.argsort(lot, kind="stable")[:sample]])]
     nll = np.full(len(ids) - 1, np.nan, dtype=np.float32)
     done = tokens_done = 0
     while done < len(windows):
@@ -302,16 +304,24 @@ def text_of_window(model: LanguageModel, window: int, stride: int) -> int:
     return window - n_prefix
 
 
-def _windows(parts: Sequence[slice], text: int, stride: int) -> NDArray[np.int64]:
-    """Windows of at most ``text`` tokens, int64 [windows, 3], the longest first.
+def _windows(
+    parts: Sequence[slice], text: int, stride: int, n_prefix: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Windows of at most ``text`` tokens, int64 [windows, 3], the longest first; and the number [windows] of each.
 
-    Of each the first place that it reads, the place behind its last one, and the first whose next token it scores. As
-    attention is causal, the first window of a part scores all of its tokens.
+    Of each window the first place that it reads, the place behind its last one, and the first whose next token it
+    scores. As attention is causal, the first window of a part scores all of its tokens.
+
+    Numbers are different for all windows, and do not change with the sinks in front: with stride 1, windows of one
+    number score the same token, otherwise tokens ``n_prefix`` apart. -1: before a window without sinks would be full.
     """
-    found = []
+    found, numbers = [], []
     for part in parts:
         ends = np.append(np.arange(part.start + text, part.stop - 1, stride), part.stop - 1)
         scores = np.append(part.start, ends[:-1])
         found.append(np.stack((np.maximum(part.start, ends - text), ends, scores), axis=1))
-    windows = np.concatenate(found)
-    return windows[np.argsort(windows[:, 0] - windows[:, 1], kind="stable")]
+        steps = -((part.start + text + n_prefix - ends) // stride)
+        numbers.append(np.where(steps > 0, part.start + steps - 1, -1))
+    windows, number = np.concatenate(found), np.concatenate(numbers)
+    order = np.argsort(windows[:, 0] - windows[:, 1], kind="stable")
+    return windows[order], number[order]

@@ -372,6 +372,24 @@ def test_some_windows_stand_for_all(run: Path, tokens: Path, tmp_path: Path) -> 
     assert pair["interval"][0] < pair["nats"] < pair["interval"][1]
 
 
+@pytest.mark.parametrize("parts", [None, [slice(0, 40), slice(39, 50), slice(49, 90)]])
+def test_models_with_and_without_sinks_are_sampled_at_the_same_tokens(parts: list[slice] | None) -> None:
+    """Or their perplexities would differ by the chance of the draw."""
+    ids = np.random.default_rng(2).integers(0, 96, 90)
+    scored = []
+    for sink in ("vanilla", "sink_tokens_2"):
+        net = GPTNeoX(TINY, MECHANISMS[sink], seed=4).eval()
+        nll = recompute_nll(net, ids, 16, sample=20, parts=parts)
+        scored.append(np.flatnonzero(np.isfinite(nll)))
+        shifted = recompute_nll(net, ids, 16, stride=4, sample=5, parts=parts)
+        there = np.isfinite(shifted).reshape(-1)
+        assert 16 <= there.sum() <= 20
+        scored.append(np.flatnonzero(there) + len(net.prefix_ids))
+    assert len(scored[0]) == 20
+    assert np.array_equal(scored[0], scored[2])
+    assert len(np.intersect1d(scored[1], scored[3])) >= 16
+
+
 # --- results --------------------------------------------------------------------------------------------------------
 
 
