@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from sinkpretrain.figures import legend_below, styled, styles, tidy
+from sinkpretrain.measures import last_mass
 
 Map = Mapping[str, Any]
 """One entry of ``average_logits`` in inspect.json: ``layer``, ``head`` (None: mean of heads), ``rows`` (lists that end
@@ -151,6 +152,11 @@ def emergence_figure(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) ->
             over(lambda x: float(np.mean(x["first_mass"])) - x["uniform_floor"], "first_mass"),
         ),
         ("attention to the extra column", "mean mass", column),
+        (
+            "last query of a whole context",
+            "attention to position 0,\nsink tokens or column, mean",
+            over(last_mass, "last_prefix"),
+        ),
         (
             "first token in the residual stream",
             "norm / mean norm of others,\nlargest over depths",

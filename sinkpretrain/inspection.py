@@ -21,14 +21,13 @@ from sinkpretrain.given_text import check_ids, read_text
 from sinkpretrain.inspect_figures import emergence_figure, heads_figure, layers_figure, maps_figure
 from sinkpretrain.language import LanguageModel
 from sinkpretrain.load import LoadedModel, load_model, numbered
-from sinkpretrain.measures import average_logits, head_measures, last_query, measure, sink_measures
+from sinkpretrain.measures import LONG_SAMPLES, average_logits, head_measures, last_queries, measure, sink_measures
 from sinkpretrain.progress import ProgressBar
 from sinkpretrain.provenance import provenance
 
 FILE = "inspect.json"
 SENTENCES, SENTENCE = 256, 16
 """Sequences, and their length, of the average logits (StreamingLLM, arXiv 2309.17453, figures 2 and 7)."""
-LONG_SAMPLES = 8
 LONG = 4096
 """Positions of the long inputs at most, if the user names no number: some models have contexts of 100,000 and more."""
 ONSET = 0.01
@@ -164,9 +163,8 @@ def inspect_loaded(
     net = loaded.model.to(where, DTYPES[dtype])
     short = sequences(net, ids, sizes["samples"], sizes["length"]).to(where)
     measures = head_measures(measure(net, short))
-    context = min(sizes["long"] or min(net.config.context, LONG), len(ids))
-    long = sequences(net, ids, LONG_SAMPLES, context).to(where)
-    last = [last_query(net, one) for one in torch.split(long, 1)]
+    long = long_sequences(net, ids, sizes["long"]).to(where)
+    last = last_queries(net, long)
     sentences = sequences(net, ids, SENTENCES, SENTENCE + len(net.prefix_ids)).to(where)
     logits, columns = average_logits(net, sentences)
     return {
@@ -175,8 +173,8 @@ def inspect_loaded(
         "measures": measures,
         "last_query": {
             "count": len(long),
-            "length": context,
-            **{k: torch.stack([one[k] for one in last]).mean(0).double().round(decimals=5).tolist() for k in last[0]},
+            "length": long.shape[1],
+            **{name: values.double().round(decimals=5).tolist() for name, values in last.items()},
         },
         "average_logits": [
             {
@@ -221,6 +219,11 @@ def sequences(model: LanguageModel, ids: NDArray[np.integer], count: int, length
     starts = np.linspace(0, len(ids) - own, min(count, fit)).astype(np.int64)
     text = torch.from_numpy(np.stack([np.asarray(ids[s : s + own], dtype=np.int64) for s in starts]))
     return torch.cat((prefix.expand(len(text), -1), text), dim=1)
+
+
+def long_sequences(model: LanguageModel, ids: NDArray[np.integer], length: int) -> Tensor:
+    """Ids [LONG_SAMPLES, length] of the inputs whose last query is looked at; 0 means the model's context."""
+    return sequences(model, ids, LONG_SAMPLES, min(length or min(model.config.context, LONG), len(ids)))
 
 
 def parse_maps(layers: str, heads: str, loaded: LoadedModel) -> list[Head]:
@@ -270,7 +273,8 @@ def emergence(
             loaded = load_model(file)
             net = loaded.model.to(where)
             ids_BT = sequences(net, ids, sizes["samples"], sizes["length"]).to(where)
-            lines.append({"step": loaded.step, **sink_measures(net, ids_BT)})
+            long_BT = long_sequences(net, ids, sizes["long"]).to(where)
+            lines.append({"step": loaded.step, **sink_measures(net, ids_BT, long_BT)})
             bar.update(done)
     return lines
 

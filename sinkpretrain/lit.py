@@ -112,6 +112,7 @@ class PretrainModule(L.LightningModule):
         """Number of the signal that ended the run before its last step; SIGUSR1 also stands for the time limit."""
         self._validation: Callable[[], list[Batch]] | None = None
         self._probe: Tensor | None = None
+        self._long_probe: Tensor | None = None
         self._stop, self._time_left = stop or StopRequest(), time_left
         self.writer = writer or BackgroundWriter()
         self._facts = facts or {}
@@ -134,9 +135,10 @@ class PretrainModule(L.LightningModule):
         self._pending: list[Step] = []
         self._last_validation = ""
 
-    def set_validation(self, batches: Callable[[], list[Batch]], probe: Tensor) -> None:
-        """Give it this process's share of the validation batches, and ids [B, T] for the attention measures."""
-        self._validation, self._probe = batches, probe
+    def set_validation(self, batches: Callable[[], list[Batch]], probe: Tensor, long_probe: Tensor) -> None:
+        """Give it this process's share of the validation batches, and ids [B, T] for the attention measures, short ones
+        for all and long ones for those of the last query."""
+        self._validation, self._probe, self._long_probe = batches, probe, long_probe
 
     def configure_model(self) -> None:
         """Shard the model if the strategy has a mesh for it. Weights then come and go between blocks, which no graph
@@ -376,8 +378,9 @@ class PretrainModule(L.LightningModule):
 
     def _measure(self, step: int) -> None:
         assert self._probe is not None
+        assert self._long_probe is not None
         with self._evaluating(), torch.compiler.set_stance("force_eager"):  # it looks inside attention
-            measures = sink_measures(self.model, self._probe.to(self.device))
+            measures = sink_measures(self.model, self._probe.to(self.device), self._long_probe.to(self.device))
         self._write([{"kind": "probe", "step": step, **measures}])
 
     @contextlib.contextmanager

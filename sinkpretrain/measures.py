@@ -6,7 +6,7 @@ Letters of the axes: L layers, B sequences, H heads, T queries, S keys, C width 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ from sinkpretrain.observe import LayerAttention, observe
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
 """epsilon of Sink_k; Gu et al. (2024, arXiv 2410.10781, section 3) report 0.3."""
 SINK_THRESHOLD = 0.3
+
+LONG_SAMPLES = 8
+"""Inputs whose last query is looked at."""
 
 
 # --- of one layer -------------------------------------------------------------------------------------------------
@@ -173,8 +176,12 @@ def residual_stream(m: Measures) -> dict[str, list[float]]:
     return {name: rounded(getattr(m, name).mean(1)) for name in ("massive", "norm", "kurtosis")}
 
 
-def sink_measures(model: LanguageModel, ids_BT: Tensor) -> dict[str, Any]:
+def sink_measures(model: LanguageModel, ids_BT: Tensor, long_BT: Tensor | None = None) -> dict[str, Any]:
     """The measures as one line of a run's record: per layer, not per head.
+
+    Args:
+        ids_BT: the sequences.
+        long_BT: inputs whose last query is looked at too, some thousand positions long.
 
     Returns:
         ``first_mass``: per layer, mean attention of the queries i >= 1 to position 0, with its ``uniform_floor``;
@@ -182,8 +189,11 @@ def sink_measures(model: LanguageModel, ids_BT: Tensor) -> dict[str, Any]:
         ``sink_share``: Sink_1 at 0.3 of position 0; ``sink_rates``, ``text_rates``, ``column_rates``: the same at each
         threshold for position 0, for the first text token, and for the column.
         ``entropy``, ``value_norm`` per layer; ``massive``, ``norm``, ``kurtosis`` per depth of the residual stream.
+        ``last_first``, ``last_prefix``, ``last_column``: per layer, attention of the last query of the long inputs to
+        position 0, to all prefix positions (at least one), to the column; ``last_length`` is their length.
     """
     m = measure(model, ids_BT)
+    last = {} if long_BT is None else last_queries(model, long_BT)
     return {
         **{
             name: rounded(values.mean((1, 2)))
@@ -199,6 +209,8 @@ def sink_measures(model: LanguageModel, ids_BT: Tensor) -> dict[str, Any]:
         "uniform_floor": round(uniform_floor(1, m.length), 5),
         **rates(m),
         **residual_stream(m),
+        **{f"last_{name}": rounded(values.mean(1)) for name, values in last.items()},
+        **({} if long_BT is None else {"last_length": long_BT.shape[1]}),
     }
 
 
@@ -216,6 +228,12 @@ def head_measures(m: Measures) -> dict[str, Any]:
         **rates(m),
         **residual_stream(m),
     }
+
+
+def last_mass(line: Mapping[str, Any]) -> float:
+    """Of a line of ``sink_measures``: what the last query of a long input gives to its sinks, whether position 0, sink
+    tokens or a column; mean over layers."""
+    return float(sum(line["last_prefix"]) + sum(line["last_column"])) / len(line["last_prefix"])
 
 
 # --- over positions -----------------------------------------------------------------------------------------------
@@ -238,6 +256,12 @@ def last_query(model: LanguageModel, ids_BT: Tensor) -> dict[str, Tensor]:
 
     observe(model, ids_BT, attention)
     return {name: torch.stack([layer[name] for layer in found]).cpu() for name in found[0]}
+
+
+def last_queries(model: LanguageModel, ids_BT: Tensor) -> dict[str, Tensor]:
+    """``last_query``, mean over inputs, one at a time: they are long."""
+    found = [last_query(model, one) for one in torch.split(ids_BT, 1)]
+    return {name: torch.stack([one[name] for one in found]).mean(0) for name in found[0]}
 
 
 def average_logits(model: LanguageModel, ids_BT: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import signal
@@ -35,6 +36,7 @@ from sinkpretrain.errors import LostProcessError, SettingHasNoEffect, UserError
 from sinkpretrain.files import read_json, sha256_file
 from sinkpretrain.lit import Ending, PretrainModule
 from sinkpretrain.load import step_of
+from sinkpretrain.measures import LONG_SAMPLES
 from sinkpretrain.model import GPTNeoX
 from sinkpretrain.provenance import source_hash, versions
 from sinkpretrain.ranks import is_taken_port, says_lost
@@ -368,7 +370,8 @@ def build(
         held_out = Samples(tokens.validation, config.model, module.model.prefix_ids)
         count = min(config.data.validation_samples, held_out.n_samples)
         if count:
-            module.set_validation(lambda: validation_share(held_out, count, config, trainer), probe_ids(held_out))
+            shares = functools.partial(validation_share, held_out, count, config, trainer)
+            module.set_validation(shares, probe_ids(held_out), probe_ids(held_out, LONG_SAMPLES, config.model.context))
     return module, trainer
 
 
@@ -384,10 +387,9 @@ def validation_share(samples: Samples, count: int, config: RunConfig, trainer: L
     return [samples.batch(mine[i : i + size]) for i in range(0, len(mine), size)]
 
 
-def probe_ids(samples: Samples) -> torch.Tensor:
-    """Ids [B, T] of the first validation samples, cut to a length at which eager attention is cheap."""
-    count = min(PROBE_SAMPLES, samples.n_samples)
-    return samples.batch(np.arange(count)).ids[:, :PROBE_TOKENS]
+def probe_ids(samples: Samples, count: int = PROBE_SAMPLES, length: int = PROBE_TOKENS) -> torch.Tensor:
+    """Ids [B, T] of the first validation samples, by default cut to a length at which eager attention is cheap."""
+    return samples.batch(np.arange(min(count, samples.n_samples))).ids[:, :length]
 
 
 def _wandb(config: RunConfig) -> WandbLogger:

@@ -22,6 +22,7 @@ from sinkpretrain.measures import (
     entropy,
     head_measures,
     kurtosis,
+    last_mass,
     last_query,
     massive_ratio,
     measure,
@@ -212,6 +213,10 @@ def test_even_attention_gives_the_floor() -> None:
     assert measures["first_mass"] == pytest.approx([measures["uniform_floor"]] * 3, abs=1e-5)
     assert measures["sink_share"] == 0
     assert measures["entropy"] == pytest.approx([sum(map(math.log, range(1, 65))) / 64] * 3, abs=1e-4)
+    longer = sink_measures(net, ids, torch.randint(0, 96, (3, 200)))
+    assert longer["last_first"] == longer["last_prefix"] == pytest.approx([1 / 200] * 3, abs=1e-5)
+    assert last_mass(longer) == pytest.approx(1 / 200, abs=1e-5)
+    assert (longer["last_column"], longer["last_length"]) == ([0.0] * 3, 200)
     heads = head_measures(measure(net, ids))
     assert heads["first"] == [pytest.approx([heads["floor"]["first"]] * 4, abs=1e-5)] * 3
 

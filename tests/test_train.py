@@ -118,7 +118,8 @@ def test_every_step_is_recorded_once(undisturbed: Path) -> None:
     assert [x["step"] for x in lines if x["kind"] == "train"] == list(range(1, STEPS + 1))
     assert [x["step"] for x in lines if x["kind"] == "validation"] == [0, 6, 12]
     probe = next(x for x in lines if x["kind"] == "probe")
-    assert len(probe["first_mass"]) == 2
+    assert len(probe["first_mass"]) == len(probe["last_first"]) == len(probe["last_column"]) == 2
+    assert probe["last_length"] == 64
 
 
 def test_the_model_learns(undisturbed: Path) -> None:

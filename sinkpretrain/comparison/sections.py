@@ -25,6 +25,7 @@ from sinkpretrain.comparison.blocks import (
 )
 from sinkpretrain.comparison.numbers import Group, Record
 from sinkpretrain.comparison.read import About, Found, Result, setting_order
+from sinkpretrain.measures import last_mass
 
 
 def sections(found: Found, groups: list[Group], settings: list[str], with_paper: bool) -> list[Section]:
@@ -301,7 +302,17 @@ def logged_table(records: list[Record]) -> Table:
         return format(float(np.mean(r[name])), form) if name in r else ""
 
     return Table(
-        ["run", "mechanism", "step", "Sink_1 at 0.3", "to position 0", "floor", "to column", "entropy, nats"],
+        [
+            "run",
+            "mechanism",
+            "step",
+            "Sink_1 at 0.3",
+            "to position 0",
+            "floor",
+            "to column",
+            "last query",
+            "entropy, nats",
+        ],
         [
             [
                 r["name"],
@@ -311,6 +322,7 @@ def logged_table(records: list[Record]) -> Table:
                 mean(r, "first_mass"),
                 f"{r['uniform_floor']:.3f}",
                 mean(r, "column_mass"),
+                format(last_mass(r), ".3f") if "last_prefix" in r else "",
                 mean(r, "entropy", ".2f"),
             ]
             for r in records
