@@ -113,7 +113,7 @@ def perplexity_figure(models: Models, settings: list[str]) -> Figure:
     Args:
         settings: all that occur, in order; ``X-nocolumn`` shares the panel of ``X``.
     """
-    figure, axes = _position_figure(models, settings, running_perplexity, "perplexity so far")
+    figure, axes = _position_figure(models, settings, lambda nll, _: running_perplexity(nll), "perplexity so far")
     axes[0].set_yscale("log")  # the panels share it
     for axis in axes:
         axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
@@ -124,9 +124,11 @@ def perplexity_figure(models: Models, settings: list[str]) -> Figure:
 
 
 @styled
-def change_figure(models: Models, settings: list[str], base: NDArray[np.floating]) -> Figure:
-    """As ``perplexity_figure``, but as a change against the losses ``base`` of the same text."""
-    figure, axes = _position_figure(models, settings, lambda nll: running_change(nll, base), "change so far, %")
+def change_figure(models: Models, settings: list[str], bases: Mapping[str, NDArray[np.floating]]) -> Figure:
+    """As ``perplexity_figure``, but as a change against other losses of the same text, named for each setting."""
+    figure, axes = _position_figure(
+        models, settings, lambda nll, setting: running_change(nll, bases[setting]), "change so far, %"
+    )
     values = np.concatenate([line.get_ydata() for axis in axes for line in axis.lines])
     if np.nanmax(np.abs(values)) > 50:
         axes[0].set_yscale("symlog", linthresh=1)
@@ -140,7 +142,7 @@ def change_figure(models: Models, settings: list[str], base: NDArray[np.floating
 def _position_figure(
     models: Models,
     settings: list[str],
-    curve: Callable[[NDArray[np.floating]], tuple[NDArray[np.float64], NDArray[np.float64]]],
+    curve: Callable[[NDArray[np.floating], str], tuple[NDArray[np.float64], NDArray[np.float64]]],
     label: str,
 ) -> tuple[Figure, list[Axes]]:
     """Curves over token positions, a panel per cache with shared axes; the figure and its panels."""
@@ -157,7 +159,7 @@ def _position_figure(
                 (f"{panel}-nocolumn", {"linestyle": "--"}, " without column"),
             ):
                 if setting in losses:
-                    (line,) = axis.plot(*curve(losses[setting]), linewidth=1.6, **series(number) | style)
+                    (line,) = axis.plot(*curve(losses[setting], setting), linewidth=1.6, **series(number) | style)
                     lines.setdefault(name + remark, line)
         axis.set_title(f"cache {panel}" if "+" in panel else panel)
         axis.set_xscale("log")

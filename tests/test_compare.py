@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 
+from sinkpretrain import figures
 from sinkpretrain.compare import compare, log_to_wandb, print_table
 from sinkpretrain.comparison import numbers
 from sinkpretrain.comparison.blocks import Picture, number
@@ -211,6 +212,27 @@ def test_running_change() -> None:
     assert x[-1] == 1000
     assert y[x <= 500] == pytest.approx(0)
     assert y[-1] == pytest.approx(100 * (2**0.5 - 1))
+
+
+def test_a_cache_is_set_against_one_of_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or its curve would mostly show what a larger cache is worth."""
+    caches = {"0+32": 30.0, "2+30": 25.0, "0+64": 24.0, "4+60": 20.0, "dense": 10.0}
+    make_result(tmp_path / "a", "vanilla", caches, shape=TINY)
+    make_result(tmp_path / "b", "zero_sink", dict.fromkeys(caches, 20.0), shape=TINY)
+    seen: list[tuple[list[str], dict[str, float]]] = []
+
+    def change_figure(models: Any, settings: list[str], bases: dict[str, Any]) -> Any:
+        seen.append((settings, {s: float(np.exp(bases[s].mean(dtype=np.float64))) for s in settings}))
+        return draw(models, settings, bases)
+
+    draw = figures.change_figure
+    monkeypatch.setattr(figures, "change_figure", change_figure)
+    compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    [(_, bases)] = seen
+    want = {"0+32": 25.0, "2+30": 25.0, "0+64": 20.0, "4+60": 20.0, "dense": 20.0}
+    assert bases == pytest.approx(want, rel=1e-5)
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "a change against vanilla in a cache of the same size (2+30, 4+60): below the line is better." in text
 
 
 def test_other_text_is_refused(tmp_path: Path) -> None:

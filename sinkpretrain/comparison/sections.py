@@ -63,16 +63,24 @@ def perplexity(results: list[Result], groups: list[Group], settings: list[str], 
     curves = [(row_title(g), {s: g.mean_losses(s) for s in settings if g.of(s)}) for g in groups]
     blocks.append(perplexity_picture(groups, curves, settings))
     base = next((g for g in groups if g.mechanism == "vanilla"), None)
-    reference = base.reference(settings[0]) if base else None
-    if base and reference and len(curves) > 1:
-        blocks.append(
-            Picture(
-                "change",
-                f"The same as a change against {base.title} at {heading(reference)}: below the line is better.",
-                figures.change_figure(curves, settings, base.mean_losses(reference)),
-            )
-        )
+    if base and len(curves) > 1:
+        blocks += change_picture(base, curves, settings)
     return Section("Streaming perplexity", blocks)
+
+
+def change_picture(base: Group, curves: figures.Models, settings: list[str]) -> list[Picture]:
+    """Each cache against the same model's one of that size with the most initial positions, and what is no cache
+    against the largest; nothing without a cache."""
+    found = {s: base.reference(s) for s in settings}
+    largest = next((r for r in reversed(found.values()) if r), None)
+    if largest is None:
+        return []
+    against = {s: r or largest for s, r in found.items()}
+    names = list(dict.fromkeys(map(heading, against.values())))
+    at = f"at {names[0]}" if len(names) == 1 else f"in a cache of the same size ({', '.join(names)})"
+    losses = {r: base.mean_losses(r) for r in set(against.values())}
+    figure = figures.change_figure(curves, settings, {s: losses[r] for s, r in against.items()})
+    return [Picture("change", f"The same as a change against {base.title} {at}: below the line is better.", figure)]
 
 
 def perplexity_picture(groups: list[Group], curves: figures.Models, settings: list[str]) -> Picture:
