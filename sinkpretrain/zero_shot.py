@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 import yaml
@@ -192,10 +193,13 @@ def evaluate(lm: Any, tasks: list[str], folder: Path | None, limit: int | None) 
     unknown = [name for name in tasks if name not in manager.all_tasks]
     if unknown:
         raise UserError(f"the harness has no task {unknown[0]!r}; `lm-eval ls tasks` lists those that it has.")
+    # Commit and machine are in our own record; the harness has git complain on the terminal where there is none.
+    quiet: dict[str, Any] = {"get_git_commit_hash": lambda: None, "add_env_info": lambda _: None}
     try:
-        found: dict[str, Any] = lm_eval.simple_evaluate(
-            model=lm, tasks=tasks, task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
-        )
+        with mock.patch.multiple("lm_eval.evaluator", **quiet, create=True):
+            found: dict[str, Any] = lm_eval.simple_evaluate(
+                model=lm, tasks=tasks, task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
+            )
     except (ConnectionError, FileNotFoundError) as error:
         raise UserError(
             f"the data of {', '.join(tasks)} cannot be had ({str(error).splitlines()[0]}); give them with --local."

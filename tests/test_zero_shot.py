@@ -195,9 +195,14 @@ def test_models_of_others(questions: Path, tmp_path: Path, tokenizer_file: Path)
 
 
 def test_without_progress_nothing_is_printed(
-    runs: dict[str, Path], questions: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    runs: dict[str, Path],
+    questions: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nor by the harness, which counts what it prepares."""
+    """Nor by the harness, which counts what it prepares, nor by git, which it asks for a commit."""
+    monkeypatch.chdir(tmp_path)
     zero_shot(str(runs["vanilla"]), local=str(questions), out=str(tmp_path), limit=4, progress=False)
     assert capfd.readouterr() == ("", "")
 
