@@ -111,8 +111,7 @@ class PretrainModule(L.LightningModule):
         self.stopped_by = 0
         """Number of the signal that ended the run before its last step; SIGUSR1 also stands for the time limit."""
         self._validation: Callable[[], list[Batch]] | None = None
-        self._probe: Tensor | None = None
-        self._long_probe: Tensor | None = None
+        self._probes: tuple[Tensor, Tensor] | None = None
         self._stop, self._time_left = stop or StopRequest(), time_left
         self.writer = writer or BackgroundWriter()
         self._facts = facts or {}
@@ -138,7 +137,7 @@ class PretrainModule(L.LightningModule):
     def set_validation(self, batches: Callable[[], list[Batch]], probe: Tensor, long_probe: Tensor) -> None:
         """Give it this process's share of the validation batches, and ids [B, T] for the attention measures, short ones
         for all and long ones for those of the last query."""
-        self._validation, self._probe, self._long_probe = batches, probe, long_probe
+        self._validation, self._probes = batches, (probe, long_probe)
 
     def configure_model(self) -> None:
         """Shard the model if the strategy has a mesh for it. Weights then come and go between blocks, which no graph
@@ -275,7 +274,7 @@ class PretrainModule(L.LightningModule):
         flush = due(log.every, step) or last
         stopping = step > 0 and self._agree_to_stop(step)
         validate = (due(log.validate_every, step) or last) and self._validation is not None
-        probe = (due(log.probe_every, step) or last) and self._probe is not None
+        probe = (due(log.probe_every, step) or last) and self._probes is not None
         save = step > 0 and (due(log.checkpoint_every, step) or last or stopping)
         keep_weights = is_log_spaced(step) or due(log.weights_every, step) or last
         if self._pending and (flush or validate or probe or save or keep_weights):
@@ -377,10 +376,9 @@ class PretrainModule(L.LightningModule):
         self._write([{"kind": "validation", "step": step, "loss": round(loss, 6), "targets": int(summed[1])}])
 
     def _measure(self, step: int) -> None:
-        assert self._probe is not None
-        assert self._long_probe is not None
+        assert self._probes is not None
         with self._evaluating(), torch.compiler.set_stance("force_eager"):  # it looks inside attention
-            measures = sink_measures(self.model, self._probe.to(self.device), self._long_probe.to(self.device))
+            measures = sink_measures(self.model, *(ids.to(self.device) for ids in self._probes))
         self._write([{"kind": "probe", "step": step, **measures}])
 
     @contextlib.contextmanager
