@@ -100,8 +100,9 @@ def bench_scaling(
     }
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(Path(folder), context, 0, 0, compile, fused=True)
-        for model, rule in itertools.product(models.split(","), RULES):
-            plan = [job(setting, model, rule, n) for n in counts]
+        for model in models.split(","):
+            # By size first, so that the small jobs of both rules lie together and share the host.
+            plan = [job(setting, model, rule, n) for n, rule in itertools.product(counts, RULES)]
             for together in waves(plan, gpus if side_by_side else 0):
                 left = 60 * minutes - (time.monotonic() - started)
                 if left < SHORTEST and report["figures"]:

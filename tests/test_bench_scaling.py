@@ -69,6 +69,15 @@ def test_small_jobs_share_a_host(gpus: int, expected: list[list[int]]) -> None:
     assert [[j.devices for j in wave] for wave in waves(plan, gpus)] == expected
 
 
+def test_small_jobs_of_both_rules_share_a_host(tmp_path: Path, monkeypatch) -> None:
+    seen: list[list[int]] = []
+    monkeypatch.setattr(bench_scaling.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(bench_scaling, "provenance", lambda device: {})
+    monkeypatch.setattr(bench_scaling, "run", lambda jobs, *_: (seen.append([j.devices for j in jobs]), ([], {}))[1])
+    bench_scaling.bench_scaling(str(tmp_path / "s.json"), models="demo,demo")
+    assert seen == [[2], [2], [1, 1]] * 2
+
+
 def test_exposed_communication_is_what_nothing_else_covers() -> None:
     def event(name: str, ts: float, dur: float, cat: str = "kernel") -> dict:
         return {"name": name, "ts": ts, "dur": dur, "cat": cat}
