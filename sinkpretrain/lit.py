@@ -331,7 +331,8 @@ class PretrainModule(L.LightningModule):
                 "loss": finite(float(loss)),
                 "lr": s.lr,
                 "grad_norm": finite(float(norm)),
-                "tokens": s.step * tokens_per_step,
+                # Not the step times the batch: a run may have gone on with another batch size.
+                "tokens": self.samples_seen * self.config.model.context - (last_step - s.step) * tokens_per_step,
             }
             for s, loss, norm in zip(self._pending, values[0], values[1], strict=True)
         ]

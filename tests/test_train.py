@@ -209,6 +209,15 @@ def run_command(
     )
 
 
+def test_tokens_are_counted_across_a_change_of_batch_size(data: Path, tmp_path: Path) -> None:
+    small = config(data, tmp_path / "run", steps=4)
+    train(small)
+    larger = dataclasses.replace(small, data=dataclasses.replace(small.data, batch_size=16))
+    train(dataclasses.replace(larger, training=dataclasses.replace(larger.training, steps=6)), allow_changes=True)
+    tokens = [x["tokens"] for x in record(tmp_path / "run") if x["kind"] == "train"]
+    assert tokens == [64 * samples for samples in (8, 16, 24, 32, 48, 64)]
+
+
 def test_two_processes_resume_exactly_and_agree_with_one(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Two gloo processes: bitwise equal after a restart; equal to one process up to the order of sums.
 
