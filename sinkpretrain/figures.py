@@ -60,7 +60,7 @@ def styled(draw: Callable[Parameters, Figure]) -> Callable[Parameters, Figure]:
     return wrapped
 
 
-Curve = tuple[list[int], list[float]]
+Curve = tuple[Sequence[float], Sequence[float]]
 """Steps and losses."""
 
 
@@ -300,9 +300,13 @@ def _tick(value: float) -> str:
     return f"{value:,.0f}" if value < 1e6 else f"{value:.0e}"
 
 
+TOKENS_READ = "tokens read, millions"
+
+
 @styled
-def loss_figure(runs: list[tuple[str, Curve, Curve]]) -> Figure:
-    """Training loss (a running mean) and validation loss (points) of each run: its name and the two curves."""
+def loss_figure(runs: list[tuple[str, Curve, Curve]], by_tokens: bool = False) -> Figure:
+    """Training loss (a running mean) and validation loss (points) of each run: its name and the two curves, against
+    steps or millions of tokens."""
     figure = Figure(figsize=(7.5, 4.4), layout="constrained")
     axis = figure.subplots()
     lines: dict[str, Any] = {}
@@ -313,7 +317,7 @@ def loss_figure(runs: list[tuple[str, Curve, Curve]]) -> Figure:
             thin = max(1, len(smooth) // 1000)  # more points than pixels only make files large
             (lines[name],) = axis.plot(steps[width - 1 :: thin], smooth[::thin], **style, linewidth=1.4)
         axis.plot(*validation, "o", color=style["color"], markersize=4, markerfacecolor="none")
-    axis.set_xlabel("optimizer step")
+    axis.set_xlabel(TOKENS_READ if by_tokens else "optimizer step")
     axis.set_ylabel("loss, nats per token")
     axis.set_title("training loss (lines) and validation loss (circles)")
     tidy(axis)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from sinkpretrain.figures import legend_below, styled, styles, tidy
+from sinkpretrain.figures import TOKENS_READ, legend_below, styled, styles, tidy
 from sinkpretrain.measures import last_mass
 
 Map = Mapping[str, Any]
@@ -131,12 +131,17 @@ def layers_figure(models: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure:
 
 @styled
 def emergence_figure(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Figure:
-    """Sink measures against training steps: the name of each run and its lines of measures, in order of steps."""
+    """Sink measures against training steps: the name of each run and its lines of measures, in order of steps; against
+    the tokens read if all lines have them."""
+    by_tokens = all("tokens" in line for _, lines in runs for line in lines)
+
+    def at(line: Mapping[str, Any]) -> float:
+        return float(line["tokens"] / 1e6 if by_tokens else line["step"])
 
     def over(value: Callable[[Mapping[str, Any]], float], needs: str) -> Callable[[Mapping[str, Any]], Any]:
         def curve(run: Mapping[str, Any]) -> Any:
             lines = [line for line in run["lines"] if needs in line]
-            return ([line["step"] for line in lines], [value(line) for line in lines]) if lines else None
+            return ([at(line) for line in lines], [value(line) for line in lines]) if lines else None
 
         return curve
 
@@ -173,7 +178,8 @@ def emergence_figure(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) ->
             over(lambda x: float(np.mean(x["value_norm"])), "value_norm"),
         ),
     ]
-    return _panel_figure(panels, [(name, {"lines": lines}) for name, lines in runs], "optimizer step")
+    label = TOKENS_READ if by_tokens else "optimizer step"
+    return _panel_figure(panels, [(name, {"lines": lines}) for name, lines in runs], label)
 
 
 def _panel_figure(panels: Sequence[Panel], models: Sequence[tuple[str, Mapping[str, Any]]], x_label: str) -> Figure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import sys
 import types
@@ -18,9 +19,9 @@ from rich.console import Console
 
 from sinkpretrain import figures
 from sinkpretrain.compare import compare, log_to_wandb, print_table
-from sinkpretrain.comparison import numbers
+from sinkpretrain.comparison import numbers, sections
 from sinkpretrain.comparison.blocks import Picture, number
-from sinkpretrain.comparison.read import About, Run
+from sinkpretrain.comparison.read import About, Found, Run
 from sinkpretrain.config import ModelConfig, RunConfig, SinkConfig, TrainingConfig
 from sinkpretrain.errors import UserError
 from sinkpretrain.figures import loss_figure, running_change, running_perplexity
@@ -295,6 +296,25 @@ def test_speeds_stand_beside_vanillas_on_the_same_device(tmp_path: Path) -> None
     assert "| vanilla | vanilla | 1,000 | 1.00 x | 1.50 GiB | gpu |" in text
     assert "| zero_sink | zero_sink | 950 | 0.95 x | 1.50 GiB | gpu |" in text
     assert "| sink_logit | sink_logit | 10 |  | 1.50 GiB | cpu |" in text
+
+
+def test_runs_whose_steps_differ_in_size_compare_by_tokens(tmp_path: Path) -> None:
+    def run(name: str, sizes: list[int]) -> Run:
+        lines: list[dict[str, Any]] = []
+        for step, tokens in enumerate(itertools.accumulate(sizes), start=1):
+            lines += [{"kind": "train", "step": step, "tokens": tokens, "loss": 1.0}]
+        lines += [{"kind": "probe", "step": 0}, {"kind": "probe", "step": len(sizes) - 1}]
+        return Run(tmp_path / name, RunConfig(name=name), lines, {})
+
+    even, other, grown = run("even", [10] * 4), run("other", [10] * 6), run("grown", [10, 10, 40, 40])
+    assert not numbers.steps_differ([even, other])
+    assert numbers.steps_differ([even, grown])
+    assert not numbers.steps_differ([grown, Run(tmp_path, RunConfig(), [], {})])  # an old record without tokens
+    assert grown.tokens_at([0, 2, 4]) == [0, 20, 100]
+    assert "tokens" not in numbers.emergence([], [even, other])[0][1][0]
+    assert [x["tokens"] for x in numbers.emergence([], [even, grown])[1][1]] == [0, 60]
+    section = sections.training(Found(runs=[even, grown]))
+    assert any("tokens read" in block.caption for block in section.blocks if isinstance(block, Picture))
 
 
 def test_emergence_prefers_measured_checkpoints_to_logged_lines(tmp_path: Path) -> None:

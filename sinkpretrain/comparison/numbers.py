@@ -109,6 +109,12 @@ def runs_by_seed(runs: list[Run]) -> list[tuple[str, Run]]:
     return [(r.mechanism if alike(of[r.mechanism]) else r.name, r) for r in runs]
 
 
+def steps_differ(runs: list[Run]) -> bool:
+    """Whether steps of these runs have different numbers of tokens: then they compare by tokens and not by steps."""
+    sizes = [r.tokens_per_step for r in runs]
+    return all(sizes) and len(set().union(*sizes)) > 1
+
+
 def _recipe(run: Run) -> str:
     """What a run was told to do, but for its seeds and where it writes."""
     told = to_dict(run.config)
@@ -321,13 +327,18 @@ def logged_sinks(runs: list[Run]) -> list[Record]:
 def emergence(abouts: list[About], runs: list[Run]) -> list[tuple[str, list[Record]]]:
     """Name and lines of measures of each run, in order of steps: those of its checkpoints where they were inspected.
 
-    Seeds of one recipe go by one name.
+    Seeds of one recipe go by one name. Where steps of the runs differ in size, lines have the tokens read as well.
     """
     found = {r.name: (name, r.probes) for name, r in runs_by_seed(runs)}
     for a in abouts:
         measured = a.data.get("emergence")
         if measured and (measured["from"] == "checkpoints" or a.name not in found):
             found[a.name] = found[a.name][0] if a.name in found else a.name, measured["lines"]
+    if steps_differ(runs):
+        for r in runs:
+            name, lines = found[r.name]
+            tokens = r.tokens_at([line["step"] for line in lines])
+            found[r.name] = name, [line | {"tokens": t} for line, t in zip(lines, tokens, strict=True)]
     return list(found.values())
 
 

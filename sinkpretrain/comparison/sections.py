@@ -24,7 +24,7 @@ from sinkpretrain.comparison.blocks import (
     share,
 )
 from sinkpretrain.comparison.numbers import Group, Record
-from sinkpretrain.comparison.read import About, Found, Result, setting_order
+from sinkpretrain.comparison.read import About, Found, Result, Run, setting_order
 from sinkpretrain.measures import last_mass
 
 
@@ -215,13 +215,20 @@ def training(found: Found) -> Section:
     for r in map(numbers.training, found.runs):
         losses = [formatted(r["training_loss"], ".3f"), formatted(r["validation_loss"], ".4f")]
         rows.append([r["name"], r["mechanism"], str(r["seed"]), f"{r['steps']:,}", *losses])
-    curves = [(name, r.curve("train"), r.curve("validation")) for name, r in numbers.runs_by_seed(found.runs)]
+    by_tokens = numbers.steps_differ(found.runs)
+
+    def curve(run: Run, kind: str) -> figures.Curve:
+        steps, losses = run.curve(kind)
+        return ([t / 1e6 for t in run.tokens_at(steps)] if by_tokens else steps), losses
+
+    curves = [(name, curve(r, "train"), curve(r, "validation")) for name, r in numbers.runs_by_seed(found.runs)]
+    against = "tokens read, for steps differ in size" if by_tokens else "optimizer steps"
     return Section(
         "Training",
         [
             Table(["run", "mechanism", "seed", "steps", "training loss", "validation loss"], rows, labels=2),
             "Losses in nats per token; validation loss is over the targets that every mechanism has.",
-            Picture("loss", "Loss against optimizer steps.", figures.loss_figure(curves)),
+            Picture("loss", f"Loss against {against}.", figures.loss_figure(curves, by_tokens)),
         ],
     )
 
