@@ -213,7 +213,9 @@ def test_tokens_are_counted_across_a_change_of_batch_size(data: Path, tmp_path: 
     small = config(data, tmp_path / "run", steps=4)
     train(small)
     larger = dataclasses.replace(small, data=dataclasses.replace(small.data, batch_size=16))
-    train(dataclasses.replace(larger, training=dataclasses.replace(larger.training, steps=6)), allow_changes=True)
+    larger = dataclasses.replace(larger, training=dataclasses.replace(larger.training, steps=6))
+    with pytest.warns(UserWarning, match=r"data.batch_size \(8 there, 16 here\)"):
+        train(larger, allow_changes=True)
     tokens = [x["tokens"] for x in record(tmp_path / "run") if x["kind"] == "train"]
     assert tokens == [64 * samples for samples in (8, 16, 24, 32, 48, 64)]
 
