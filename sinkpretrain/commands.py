@@ -27,12 +27,20 @@ class Parser(jsonargparse.ArgumentParser):
     """jsonargparse with flags spelt with dashes, and mistakes raised as one sentence instead of a usage text."""
 
     list_flags: tuple[str, ...] = ()
+    no_settings: tuple[str, ...] = ()
+    """Flags that say what to do with settings; ``--print-config`` leaves them out, so that a recipe comes of it."""
 
     def __init__(self, command: str, **kwargs: Any) -> None:
         super().__init__(prog=f"sinkpretrain {command}", exit_on_error=False, default_env=False, **kwargs)
 
     def format_help(self, *args: Any) -> str:
         return re.sub(r"--[a-z_.]+", lambda m: m.group().replace("_", "-"), super().format_help(*args))
+
+    def dump(self, cfg: Any, *args: Any, **kwargs: Any) -> str:
+        settings = cfg.clone()
+        for name in self.no_settings:
+            settings.pop(name, None)
+        return str(super().dump(settings, *args, **kwargs))
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """The values of the flags as plain nested data; raises UserError."""
@@ -168,10 +176,11 @@ def parse_run(argv: Sequence[str], command: str = "train") -> tuple[RunConfig, b
     parser.add_argument(
         "--allow_changes", type=bool, default=False, help="go on although settings or data are not the run's own"
     )
+    parser.no_settings = ("experiment", "member", "allow_changes")
     values = parser.parse(arguments)
-    for name in ("config", "experiment", "member"):
+    allow_changes = bool(values["allow_changes"])
+    for name in ("config", *parser.no_settings):
         values.pop(name, None)
-    allow_changes = bool(values.pop("allow_changes"))
     config = from_dict(RunConfig, values)
     if not config.name and not config.out:
         config = dataclasses.replace(config, name="-".join(recipe.stem for recipe in recipes))

@@ -118,6 +118,20 @@ def test_recipes_and_flags_are_merged_in_order(data: Path, tmp_path: Path, capsy
     assert resolved["model"]["vocab_size"] == 128
 
 
+def test_a_printed_configuration_is_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["train", "--config", "laptop,one-sink-token", "--training.steps", "7", "--allow-changes", "true"]
+    for again in range(2):
+        with pytest.raises(SystemExit) as ended:
+            main([*flags, "--print-config"])
+        assert ended.value.code == 0
+        printed = capsys.readouterr().out
+        if again:
+            assert printed == (tmp_path / "mine.yaml").read_text()
+        (tmp_path / "mine.yaml").write_text(printed)
+        flags = ["train", "--config", str(tmp_path / "mine.yaml")]
+    assert yaml.safe_load(printed)["training"]["steps"] == 7
+
+
 def test_train_stream_compare_export(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The path of the README on toy data, through the command line."""
     for sink in ("vanilla", "one-sink-token", "zero-sink"):
