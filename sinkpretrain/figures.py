@@ -61,7 +61,7 @@ def styled(draw: Callable[Parameters, Figure]) -> Callable[Parameters, Figure]:
 
 
 Curve = tuple[Sequence[float], Sequence[float]]
-"""Steps and losses."""
+"""Steps, or millions of tokens read, and losses."""
 
 
 def running_perplexity(nll: NDArray[np.floating], points: int = 200) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
