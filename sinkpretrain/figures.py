@@ -61,7 +61,10 @@ def styled(draw: Callable[Parameters, Figure]) -> Callable[Parameters, Figure]:
 
 
 Curve = tuple[Sequence[float], Sequence[float]]
-"""Steps, or millions of tokens read, and losses."""
+"""Steps, or tokens read, and losses."""
+
+PROGRESS = {False: ("optimizer step", 1.0), True: ("tokens read, millions", 1e-6)}
+"""By whether curves are drawn against tokens: the label of the axis, and what a step or token is on it."""
 
 
 def running_perplexity(nll: NDArray[np.floating], points: int = 200) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -300,24 +303,24 @@ def _tick(value: float) -> str:
     return f"{value:,.0f}" if value < 1e6 else f"{value:.0e}"
 
 
-TOKENS_READ = "tokens read, millions"
-
-
 @styled
 def loss_figure(runs: list[tuple[str, Curve, Curve]], by_tokens: bool = False) -> Figure:
     """Training loss (a running mean) and validation loss (points) of each run: its name and the two curves, against
-    steps or millions of tokens."""
+    steps or tokens read."""
+    label, scale = PROGRESS[by_tokens]
     figure = Figure(figsize=(7.5, 4.4), layout="constrained")
     axis = figure.subplots()
     lines: dict[str, Any] = {}
-    for (name, (steps, losses), validation), style in zip(runs, styles([r[0] for r in runs]), strict=True):
+    for (name, (at, losses), validation), style in zip(runs, styles([r[0] for r in runs]), strict=True):
         width = max(1, len(losses) // 100)
         if losses:
             smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
             thin = max(1, len(smooth) // 1000)  # more points than pixels only make files large
-            (lines[name],) = axis.plot(steps[width - 1 :: thin], smooth[::thin], **style, linewidth=1.4)
-        axis.plot(*validation, "o", color=style["color"], markersize=4, markerfacecolor="none")
-    axis.set_xlabel(TOKENS_READ if by_tokens else "optimizer step")
+            x = scale * np.asarray(at)[width - 1 :: thin]
+            (lines[name],) = axis.plot(x, smooth[::thin], **style, linewidth=1.4)
+        x, y = scale * np.asarray(validation[0]), validation[1]
+        axis.plot(x, y, "o", color=style["color"], markersize=4, markerfacecolor="none")
+    axis.set_xlabel(label)
     axis.set_ylabel("loss, nats per token")
     axis.set_title("training loss (lines) and validation loss (circles)")
     tidy(axis)

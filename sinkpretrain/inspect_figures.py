@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from sinkpretrain.figures import TOKENS_READ, legend_below, styled, styles, tidy
+from sinkpretrain.figures import PROGRESS, legend_below, styled, styles, tidy
 from sinkpretrain.measures import last_mass
 
 Map = Mapping[str, Any]
@@ -134,9 +134,10 @@ def emergence_figure(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) ->
     """Sink measures against training steps: the name of each run and its lines of measures, in order of steps; against
     the tokens read if all lines have them."""
     by_tokens = all("tokens" in line for _, lines in runs for line in lines)
+    label, scale = PROGRESS[by_tokens]
 
     def at(line: Mapping[str, Any]) -> float:
-        return float(line["tokens"] / 1e6 if by_tokens else line["step"])
+        return scale * float(line["tokens" if by_tokens else "step"])
 
     def over(value: Callable[[Mapping[str, Any]], float], needs: str) -> Callable[[Mapping[str, Any]], Any]:
         def curve(run: Mapping[str, Any]) -> Any:
@@ -178,7 +179,6 @@ def emergence_figure(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) ->
             over(lambda x: float(np.mean(x["value_norm"])), "value_norm"),
         ),
     ]
-    label = TOKENS_READ if by_tokens else "optimizer step"
     return _panel_figure(panels, [(name, {"lines": lines}) for name, lines in runs], label)
 
 

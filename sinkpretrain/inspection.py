@@ -122,8 +122,11 @@ def inspect_model(
         "dtype": dtype,
         **provenance(where),
     }
-    lines = emergence(weights, given.ids, sizes, where, progress) or probes(Path(model))
+    logged = list(metrics.read(Path(model))) if Path(model).is_dir() else []
+    lines = emergence(weights, given.ids, sizes, where, progress) or probes(logged)
     if lines:
+        if len(metrics.tokens_per_step(logged)) > 1:
+            lines = metrics.with_tokens(lines, logged)
         results["emergence"] = {
             "from": "checkpoints" if weights else "metrics.jsonl",
             "onset": onset(lines),
@@ -279,9 +282,8 @@ def emergence(
     return lines
 
 
-def probes(run: Path) -> list[dict[str, Any]]:
-    """What a run logged about its sinks; empty if the path is none."""
-    lines = metrics.read(run) if run.is_dir() else []
+def probes(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a run logged about its sinks."""
     return [{k: v for k, v in line.items() if k != "kind"} for line in lines if line["kind"] == "probe"]
 
 

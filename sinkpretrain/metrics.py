@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sinkpretrain.files import disk_faults, write_atomically
 
@@ -42,6 +44,27 @@ def read(run: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except ValueError:
                 continue
+
+
+def tokens_per_step(lines: Sequence[dict[str, Any]]) -> set[float]:
+    """Tokens read over steps, as each line of training says: several if the size of a step changed on the way."""
+    return {tokens / step for step, tokens in _tokens_read(lines)}
+
+
+def tokens_at(lines: Sequence[dict[str, Any]], steps: Sequence[int]) -> list[float]:
+    """Tokens read by these steps; between those whose line says so, as if steps were of one size."""
+    x, y = zip((0, 0), *_tokens_read(lines), strict=True)
+    return [float(t) for t in np.interp(steps, x, y)]
+
+
+def with_tokens(chosen: Sequence[dict[str, Any]], lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The chosen lines, each with the tokens read by its step as the lines of the run say."""
+    read = tokens_at(lines, [line["step"] for line in chosen])
+    return [line | {"tokens": tokens} for line, tokens in zip(chosen, read, strict=True)]
+
+
+def _tokens_read(lines: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
+    return [(line["step"], line["tokens"]) for line in lines if line["kind"] == "train" and "tokens" in line]
 
 
 def truncate(run: Path, step: int) -> None:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 
-from sinkpretrain import figures
+from sinkpretrain import figures, metrics
 from sinkpretrain.compare import compare, log_to_wandb, print_table
 from sinkpretrain.comparison import numbers, sections
 from sinkpretrain.comparison.blocks import Picture, number
@@ -310,7 +310,7 @@ def test_runs_whose_steps_differ_in_size_compare_by_tokens(tmp_path: Path) -> No
     assert not numbers.steps_differ([even, other])
     assert numbers.steps_differ([even, grown])
     assert not numbers.steps_differ([grown, Run(tmp_path, RunConfig(), [], {})])  # an old record without tokens
-    assert grown.tokens_at([0, 2, 4]) == [0, 20, 100]
+    assert metrics.tokens_at(grown.lines, [0, 2, 4]) == [0, 20, 100]
     assert "tokens" not in numbers.emergence([], [even, other])[0][1][0]
     assert [x["tokens"] for x in numbers.emergence([], [even, grown])[1][1]] == [0, 60]
     section = sections.training(Found(runs=[even, grown]))

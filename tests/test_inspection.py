@@ -13,6 +13,7 @@ from conftest import TINY, peaked
 from family_factory import build, save
 from matplotlib.image import imread
 
+from sinkpretrain import metrics
 from sinkpretrain.cli import main
 from sinkpretrain.compare import compare
 from sinkpretrain.config import RunConfig, SinkConfig, save_yaml
@@ -103,6 +104,16 @@ def test_emergence_is_measured_on_every_checkpoint(text: str, tmp_path: Path) ->
     logged = inspect_model(str(run), text, out=str(out), samples=20, device="cpu", progress=False)["emergence"]
     assert logged["from"] == "metrics.jsonl"
     assert logged["onset"]["sink_rates"] == {"0.3": 50}
+    assert all("tokens" not in line for line in [*found["lines"], *logged["lines"]])
+
+
+def test_emergence_of_a_run_whose_steps_changed_in_size_is_against_tokens(text: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "vanilla")
+    metrics.append(run, [{"kind": "train", "step": s, "tokens": t, "loss": 1.0} for s, t in ((1, 10), (2, 50))])
+    for checkpoints in ("all", "newest"):
+        sizes: Any = {"samples": 20, "device": "cpu", "progress": False, "checkpoints": checkpoints}
+        lines = inspect_model(str(run), text, out=str(tmp_path / "out"), **sizes)["emergence"]["lines"]
+        assert [line["tokens"] for line in lines] == [{0: 0, 1: 10, 2: 50}.get(line["step"], 50) for line in lines]
 
 
 def test_onset_is_where_a_sink_stays() -> None:

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from sinkpretrain import metrics
 from sinkpretrain.comparison import paper
 from sinkpretrain.comparison.read import About, Found, Result, Run, setting_order
 from sinkpretrain.config import to_dict
@@ -111,7 +112,7 @@ def runs_by_seed(runs: list[Run]) -> list[tuple[str, Run]]:
 
 def steps_differ(runs: list[Run]) -> bool:
     """Whether steps of these runs have different numbers of tokens: then they compare by tokens and not by steps."""
-    sizes = [r.tokens_per_step for r in runs]
+    sizes = [metrics.tokens_per_step(r.lines) for r in runs]
     return all(sizes) and len(set().union(*sizes)) > 1
 
 
@@ -337,8 +338,7 @@ def emergence(abouts: list[About], runs: list[Run]) -> list[tuple[str, list[Reco
     if steps_differ(runs):
         for r in runs:
             name, lines = found[r.name]
-            tokens = r.tokens_at([line["step"] for line in lines])
-            found[r.name] = name, [line | {"tokens": t} for line, t in zip(lines, tokens, strict=True)]
+            found[r.name] = name, metrics.with_tokens(lines, r.lines)
     return list(found.values())
 
 
@@ -346,9 +346,9 @@ def accuracies(about: About) -> dict[str, tuple[float, float | None]]:
     """By task: accuracy, or the task's first metric where it has none, and its standard error."""
     found = {}
     for task, entry in about.data["tasks"].items():
-        metrics = [k for k in entry if k not in ("n", "version") and not k.endswith("stderr")]
-        if metrics:
-            found[task] = (float(entry["acc" if "acc" in metrics else metrics[0]]), entry.get("stderr"))
+        names = [k for k in entry if k not in ("n", "version") and not k.endswith("stderr")]
+        if names:
+            found[task] = (float(entry["acc" if "acc" in names else names[0]]), entry.get("stderr"))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,20 +112,6 @@ class Run:
         # A step that was skipped has no loss.
         chosen = [line for line in self.lines if line["kind"] == kind and line["loss"] is not None]
         return [line["step"] for line in chosen], [line["loss"] for line in chosen]
-
-    @property
-    def tokens_per_step(self) -> set[float]:
-        """Tokens read over steps, as each line of training says: several if the size of a step changed on the way."""
-        return {tokens / step for step, tokens in self._read}
-
-    def tokens_at(self, steps: Sequence[int]) -> list[float]:
-        """Tokens read by these steps; between those that say so, as if steps were of one size."""
-        x, y = zip((0, 0), *self._read, strict=True)
-        return [float(t) for t in np.interp(steps, x, y)]
-
-    @property
-    def _read(self) -> list[tuple[int, int]]:
-        return [(line["step"], line["tokens"]) for line in self.lines if line["kind"] == "train" and "tokens" in line]
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sinkpretrain import figures, inspect_figures
+from sinkpretrain import figures, inspect_figures, metrics
 from sinkpretrain.comparison import numbers, paper
 from sinkpretrain.comparison.blocks import (
     Block,
@@ -219,7 +219,7 @@ def training(found: Found) -> Section:
 
     def curve(run: Run, kind: str) -> figures.Curve:
         steps, losses = run.curve(kind)
-        return ([t / 1e6 for t in run.tokens_at(steps)] if by_tokens else steps), losses
+        return (metrics.tokens_at(run.lines, steps) if by_tokens else steps), losses
 
     curves = [(name, curve(r, "train"), curve(r, "validation")) for name, r in numbers.runs_by_seed(found.runs)]
     against = "tokens read, for steps differ in size" if by_tokens else "optimizer steps"
