@@ -182,7 +182,7 @@ class Stream:
         def fill() -> None:
             first = self.first_sample
             try:
-                while not closed.is_set():
+                while _wanted(closed):
                     item = self.share(first)
                     if self.pin:
                         item = Batch(item.ids.pin_memory(), item.labels.pin_memory())
@@ -192,7 +192,9 @@ class Stream:
                 # Shown where the batch is asked for, in the training loop.
                 _put(ready, error, closed)
 
-        threading.Thread(target=fill, daemon=True, name="batches").start()
+        # Not a daemon: one that still runs while the interpreter is taken down can end the process with SIGABRT, and a
+        # training that is done would count as failed.
+        threading.Thread(target=fill, name="batches").start()
         try:
             while True:
                 item = ready.get()
@@ -211,8 +213,13 @@ class Stream:
         return batch
 
 
+def _wanted(closed: threading.Event) -> bool:
+    """Whether anybody may still ask for batches: Python waits for this thread when the main one is done."""
+    return not closed.is_set() and threading.main_thread().is_alive()
+
+
 def _put(ready: queue.Queue[Batch | BaseException], item: Batch | BaseException, closed: threading.Event) -> None:
-    while not closed.is_set():
+    while _wanted(closed):
         try:
             ready.put(item, timeout=0.2)
         except queue.Full:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -150,6 +152,27 @@ def anonymous_bytes() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="asks Linux for the memory")
+def test_the_reading_thread_is_gone_before_the_interpreter_is(tmp_path: Path) -> None:
+    """One that lives on into finalization aborts the process now and then, after all is done and saved."""
+    program = """
+import atexit, sys, threading
+from pathlib import Path
+from sinkpretrain.config import ModelConfig
+from sinkpretrain.data import Order, Samples, Stream
+from sinkpretrain.tokens import TokenFile
+
+model = ModelConfig(n_layer=1, d_model=8, n_head=1, context=16).resolved(96)
+samples = Samples(TokenFile.open(Path(sys.argv[1]) / "train"), model, ())
+stream = iter(Stream(samples, Order(samples.n_samples, 0, False), 4))
+next(stream)
+print([t.name for t in threading.enumerate()])
+atexit.register(lambda: print([t.name for t in threading.enumerate()]))
+"""
+    words = [sys.executable, "-c", program, str(make_data(tmp_path / "data"))]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines() == ["['MainThread', 'batches']", "['MainThread']"]
+
+
 def test_a_file_of_100_gigabytes_is_ready_at_once_and_never_copied(tmp_path: Path) -> None:
     """50 billion tokens in a file with holes: opened, told apart and read from two places."""
     documents, length = 50, 10**9
