@@ -122,7 +122,7 @@ def inspect_model(
         "dtype": dtype,
         **provenance(where),
     }
-    logged = list(metrics.read(Path(model))) if Path(model).is_dir() else []
+    logged = list(metrics.read(Path(model)))  # none of what is no run
     lines = emergence(weights, given.ids, sizes, where, progress) or probes(logged)
     if lines:
         if len(metrics.tokens_per_step(logged)) > 1:

@@ -151,7 +151,6 @@ def anonymous_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="asks Linux for the memory")
 def test_the_reading_thread_is_gone_before_the_interpreter_is(tmp_path: Path) -> None:
     """One that lives on into finalization aborts the process now and then, after all is done and saved."""
     program = """
@@ -173,6 +172,7 @@ atexit.register(lambda: print([t.name for t in threading.enumerate()]))
     assert done.stdout.splitlines() == ["['MainThread', 'batches']", "['MainThread']"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="asks Linux for the memory")
 def test_a_file_of_100_gigabytes_is_ready_at_once_and_never_copied(tmp_path: Path) -> None:
     """50 billion tokens in a file with holes: opened, told apart and read from two places."""
     documents, length = 50, 10**9
