@@ -34,7 +34,7 @@ from sinkpretrain.provenance import provenance
 PASSES = 40
 """Passes of a device through its model that a job has time for; a step has one or more."""
 
-FEWEST_STEPS = 6
+FEWEST_STEPS = 4
 
 SHORTEST = 30.0
 """Seconds below which no job is worth beginning."""
