@@ -85,27 +85,27 @@ def test_it_ends_with_the_trained_models_and_goes_on_where_it_was_stopped(
     held_out = read_json(folder / "reproduction/data/manifest.json")["splits"]["validation"]
     assert held_out["documents"] == read_json(folder / "data/manifest.json")["splits"]["validation"]["documents"]
     assert one["tokens"]["count"] == held_out["tokens"] > 1000
-    assert set(one["settings"]) == {"0+256", "1+255", "2+254", "4+252"}
+    assert set(one["settings"]) == {"0+64", "1+63", "2+62", "4+60"}
     comparison = read_json(folder / "reproduction/comparison/comparison.json")
     told = finding(comparison["differences"])
     assert words(told) in said
     # What is said is what is in the losses.
-    none, kept = (np.load(results / "vanilla" / c / "nll.npy") for c in ("0+256", "4+252"))
+    none, kept = (np.load(results / "vanilla" / c / "nll.npy") for c in ("0+64", "4+60"))
     assert (
-        f"vanilla without its first tokens (0+256) {100 * np.expm1((none.astype(np.float64) - kept).mean()):+.2f} %"
+        f"vanilla without its first tokens (0+64) {100 * np.expm1((none.astype(np.float64) - kept).mean()):+.2f} %"
         in words(told)
     )
-    for what in ("one sink token, evicted (0+256)", "one of them evicted (1+255)", "its column left out (0+256)"):
+    for what in ("one sink token, evicted (0+64)", "one of them evicted (1+63)", "its column left out (0+64)"):
         assert what in told
     assert "parameters, trained for 12 steps on" in said
     assert said.index("just trained, 2 steps: streaming") < said.index("trained for long: streaming")
     assert said.count("for comparison, Xiao et al.") == 1
     assert said.index("trained for long: streaming") < said.index("for comparison, Xiao et al.")
 
-    (results / "two-sink-tokens/4+252/nll.npy").unlink()
+    (results / "two-sink-tokens/4+60/nll.npy").unlink()
     demo(str(folder), str(text), steps=2)
     again = stamps(folder)
-    assert {p for p in again if again[p] != made[p]} == {results / "two-sink-tokens/4+252/nll.npy"}
+    assert {p for p in again if again[p] != made[p]} == {results / "two-sink-tokens/4+60/nll.npy"}
     assert words(told) in words(capsys.readouterr().out)
 
 
@@ -147,15 +147,15 @@ def test_the_numbers_choose_the_words(
 ) -> None:
     told = finding(
         [
-            difference("vanilla", "0+256", *none),
-            difference("vanilla", "1+255", *ordinary),
-            difference("sink_tokens(n=1)", "1+255", *sink),
-            difference("sink_tokens(n=1)", "1+255", 7.0, 8.0, against="vanilla"),
+            difference("vanilla", "0+64", *none),
+            difference("vanilla", "1+63", *ordinary),
+            difference("sink_tokens(n=1)", "1+63", *sink),
+            difference("sink_tokens(n=1)", "1+63", 7.0, 8.0, against="vanilla"),
         ]
     )
     assert verdict in told
     assert ("This is the paper's effect" in told) == (verdict == "This is the paper's effect")
-    assert f"one sink token, kept alone (1+255) {100 * np.expm1(sum(sink) / 2):+.2f} %" in words(told)
+    assert f"one sink token, kept alone (1+63) {100 * np.expm1(sum(sink) / 2):+.2f} %" in words(told)
 
 
 @pytest.mark.skipif(not MODELS.is_dir(), reason="the trained models are not in this checkout")
