@@ -35,6 +35,7 @@ PASSES = 40
 """Passes of a device through its model that a job has time for; a step has one or more."""
 
 FEWEST_STEPS = 4
+"""Timed steps of a job, however many passes each has."""
 
 SHORTEST = 30.0
 """Seconds below which no job is worth beginning."""

@@ -23,6 +23,7 @@ SINKS = ("vanilla", "zero-sink", "one-sink-token")
 """Recipes of the mechanisms that the demo trains."""
 
 CACHES = "0+64,1+63,2+62,4+60"
+"""Small enough to show what the first token is worth: the fewer others there are, the more (results/laptop.md)."""
 STREAMED_TOKENS = 50_000
 HELD_OUT = 0.05
 """Share of the text's documents that are kept for streaming; the same ones whatever the tokenizer."""
@@ -31,8 +32,6 @@ TRAINED = ("vanilla", "zero-sink", "one-sink-token", "two-sink-tokens")
 MODELS = Path(__file__).parent.parent / "results" / "laptop" / "models"
 """Folders of models that were trained for long, one for each of ``TRAINED``; in a checkout, not in a wheel."""
 
-TRAINED_CACHES = CACHES
-"""Small enough to show what the first token is worth: the fewer others there are, the more (results/laptop.md)."""
 TRAINED_TOKENS = 30_000
 """About a minute for all four on two cores."""
 
@@ -153,7 +152,7 @@ def reproduce(models: Path, sources: list[str], out: Path, paper: bool = True) -
     tokenizer = str(models / "vanilla")
     prepare(PrepareConfig(source=sources, out=out / "data", tokenizer=tokenizer, validation_fraction=HELD_OUT))
     folders = [models / name for name in TRAINED]
-    results = _stream_each(folders, out / "data", TRAINED_CACHES, TRAINED_TOKENS, out / "results")
+    results = _stream_each(folders, out / "data", CACHES, TRAINED_TOKENS, out / "results")
     return compare(results, out / "comparison", paper=paper)
 
 
@@ -192,12 +191,12 @@ def finding(differences: list[Record]) -> str:
     """What was measured, in words that the numbers choose.
 
     Args:
-        differences: records of ``comparison.numbers.own_differences``, of caches of the size of ``TRAINED_CACHES``.
+        differences: records of ``comparison.numbers.own_differences``, of caches of the size of ``CACHES``.
     """
     from sinkpretrain.comparison.blocks import change, interval
     from sinkpretrain.comparison.numbers import percent
 
-    none, one, *_, all_kept = TRAINED_CACHES.split(",")
+    none, one, *_, all_kept = CACHES.split(",")
     found = {(d["mechanism"], d["setting"]): d for d in differences if d["title"] == d["against"]}
     without, ordinary, sink = found["vanilla", none], found["vanilla", one], found["sink_tokens(n=1)", one]
     lines = {
