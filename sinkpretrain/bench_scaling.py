@@ -18,7 +18,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 
@@ -69,19 +69,23 @@ def bench_scaling(
     minutes: float = 9.0,
     side_by_side: bool = True,
     compile: bool = True,
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto",
+    gather: Literal["auto", "step", "block"] = "auto",
 ) -> dict[str, Any]:
     """Tokens per second of training on 1, 2, 4, ... devices of this host, and what is lost to waiting.
 
     Args:
         out: JSON file for the figures, written anew after each.
         models: recipes of models, separated by commas; the first is the most important. Those of a billion parameters
-            and more are sharded over the devices.
+            and more are sharded over the devices, unless strategy says otherwise.
         devices: numbers of devices, separated by commas; by default the powers of two up to the GPUs of this host, or
             1 and 2 processes on a CPU.
         context: tokens per sample; 0 is the recipe's.
         minutes: end by then, with what there is.
         side_by_side: run jobs that fit on the host's GPUs together at the same time.
         compile: run the models through torch.compile.
+        strategy: training.strategy of every job.
+        gather: training.gather of every job.
 
     Returns:
         What is in the file: figures with device, versions and commit.
@@ -103,7 +107,7 @@ def bench_scaling(
         setting = Setting(Path(folder), context, 0, 0, compile, fused=True)
         for model in models.split(","):
             # By size first, so that the small jobs of both rules lie together and share the host.
-            plan = [job(setting, model, rule, n) for n, rule in itertools.product(counts, RULES)]
+            plan = [job(setting, model, rule, n, strategy, gather) for n, rule in itertools.product(counts, RULES)]
             for together in waves(plan, gpus if side_by_side else 0):
                 left = 60 * minutes - (time.monotonic() - started)
                 if left < SHORTEST and report["figures"]:
@@ -137,7 +141,7 @@ def _counts(devices: str, gpus: int) -> list[int]:
     return counts
 
 
-def job(setting: Setting, model: str, rule: str, devices: int) -> Job:
+def job(setting: Setting, model: str, rule: str, devices: int, strategy: str = "auto", gather: str = "auto") -> Job:
     """A recipe's run on so many devices; raises UserError if its batch does not divide over them."""
     base = setting.config(model, "vanilla")
     micro = base.training.micro_batch
@@ -151,7 +155,13 @@ def job(setting: Setting, model: str, rule: str, devices: int) -> Job:
         out=str(setting.folder / f"{model}-{rule.replace(' ', '-')}-{devices}" / "run"),
         data=dataclasses.replace(base.data, batch_size=batch),
         # The profiled steps are behind the last full flush.
-        training=dataclasses.replace(base.training, devices=devices, steps=steps // every * every + PROFILED_STEPS),
+        training=dataclasses.replace(
+            base.training,
+            devices=devices,
+            steps=steps // every * every + PROFILED_STEPS,
+            strategy=cast(Any, strategy),
+            gather=cast(Any, gather),
+        ),
         log=dataclasses.replace(base.log, every=every),
     )
     return Job(model, rule, devices, config)

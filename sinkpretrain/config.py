@@ -183,6 +183,9 @@ class TrainingConfig:
         nodes: number of nodes.
         strategy: ``ddp`` keeps the whole model on every device, ``fsdp`` a slice of it; ``auto`` takes fsdp for several
             devices and a billion parameters or more.
+        gather: how long a sharded model's weights stay whole: ``block``, while a block needs them; ``step``, from the
+            first pass of a step to the last, whose gradients alone are then exchanged, for 8 bytes a parameter more on
+            every device; ``auto`` takes step where that is a third of the device's memory at most.
         deterministic: ask torch for bitwise repeatable kernels.
         max_skipped: steps in a row with a loss or gradient norm that is not finite, each of them skipped, after which
             the run ends; 0 means never.
@@ -200,6 +203,7 @@ class TrainingConfig:
     devices: int = 0
     nodes: int = 1
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    gather: Literal["auto", "step", "block"] = "auto"
     deterministic: bool = False
     max_skipped: int = 10
     stall_seconds: float = 1800.0

@@ -41,7 +41,7 @@ from sinkpretrain.model import MLP, GPTNeoX
 from sinkpretrain.ops import IGNORED, can_fuse, linear_cross_entropy
 from sinkpretrain.progress import ProgressBar
 from sinkpretrain.ranks import Ranks, says_lost
-from sinkpretrain.sharding import shard, whole, whole_state
+from sinkpretrain.sharding import ShardedStrategy, whole, whole_state
 from sinkpretrain.signals import StopRequest
 from sinkpretrain.slurm import TimeLeft
 from sinkpretrain.trunk import FusedTrunk
@@ -144,7 +144,8 @@ class PretrainModule(L.LightningModule):
         can hold: blocks are compiled one by one, inside the exchange."""
         if self.device_mesh is None:
             return
-        shard(self.model, self.device_mesh["data_parallel"])
+        assert isinstance(self.trainer.strategy, ShardedStrategy)
+        self.trainer.strategy.shard(self.model, self.device_mesh["data_parallel"])
         for block in self.model.blocks:
             block.forward = self._maybe_compiled(block.forward)
         self._hidden, self._hidden_in_documents = self.model.hidden, self._mask_documents

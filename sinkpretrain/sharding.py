@@ -1,33 +1,58 @@
 """Models larger than one device: every process keeps a slice of each weight (FSDP2), checkpoints stay whole.
 
-A block's weights are put together just before the block runs and let go right after. What is saved is what one process
-would have saved, so a checkpoint moves between strategies and numbers of processes.
+A block's weights are put together just before the block runs. Where memory is short they are let go right after;
+elsewhere they stay until the step's last backward pass, as do the gradients (FSDP's SHARD_GRAD_OP, DeepSpeed's ZeRO
+stage 2), so that a step exchanges each once, however many passes it has. What is saved is what one process would have
+saved, so a checkpoint moves between strategies and numbers of processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Generator, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
+import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from sinkpretrain.model import GPTNeoX
 
+MEMORY_SHARE = 1 / 3
+"""Of a device's memory, what whole weights and gradients may take there; activations need most of the rest."""
 
-def shard(model: GPTNeoX, mesh: DeviceMesh) -> None:
+
+def gathered_for_a_step(parameters: int, memory: int | None, wanted: str = "auto") -> bool:
+    """Whether weights stay whole from a step's first pass to its last.
+
+    Args:
+        parameters: of the whole model; weights and gradients of 4 bytes each.
+        memory: of one device, bytes; None is a CPU, whose processes share what they exchange.
+        wanted: ``training.gather``.
+    """
+    if wanted != "auto":
+        return wanted == "step"
+    return memory is None or 8 * parameters <= MEMORY_SHARE * memory
+
+
+def shard(model: GPTNeoX, mesh: DeviceMesh, for_a_step: bool) -> None:
     """Slice the weights over a one-dimensional mesh: each block is a unit, what is outside the blocks another.
 
     Weights and their gradients stay in the precision they are in; autocast does the rest, as it does unsharded.
+
+    Args:
+        model: not sharded yet.
+        mesh: of the processes.
+        for_a_step: keep a block's weights whole after its forward pass (``gathered_for_a_step``).
     """
     for block in model.blocks:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, reshard_after_forward=not for_a_step)
     # The weights outside the blocks stay whole from the embedding to the loss, which reads the output matrix itself.
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     register_fsdp_forward_method(model, "hidden")
@@ -66,12 +91,47 @@ class ShardedStrategy(ModelParallelStrategy):
 
     Lightning's own whole checkpoints number the optimizer's states by the order of the module's parameters; an
     optimizer numbers them by its groups, and the two differ as soon as there is more than one group.
+
+    Args:
+        world: number of processes.
+        timeout: of their exchanges.
+        gather: ``training.gather``.
     """
 
-    def __init__(self, world: int, timeout: timedelta) -> None:
+    def __init__(self, world: int, timeout: timedelta, gather: str = "auto") -> None:
         super().__init__(
             data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout
         )
+        self._gather = gather
+        self._for_a_step: FSDPModule | None = None
+
+    def shard(self, model: GPTNeoX, mesh: DeviceMesh) -> None:
+        """Shard the model in place, its weights whole for as long as asked for."""
+        memory = None
+        if self.root_device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.root_device).total_memory
+        for_a_step = gathered_for_a_step(model.n_parameters(), memory, self._gather)
+        shard(model, mesh, for_a_step)
+        self._for_a_step = cast(FSDPModule, model) if for_a_step else None
+
+    @contextlib.contextmanager
+    def block_backward_sync(self) -> Generator[None]:
+        """In a pass that is not a step's last: gradients are added up on each device, and weights stay as they are."""
+        model = self._for_a_step
+        if model is None:
+            yield
+            return
+        self._exchange(model, False)
+        try:
+            yield
+        finally:
+            self._exchange(model, True)
+
+    @staticmethod
+    def _exchange(model: FSDPModule, now: bool) -> None:
+        model.set_requires_gradient_sync(now)
+        model.set_reshard_after_backward(now)
+        model.set_is_last_backward(now)
 
     @property
     def lightning_restore_optimizer(self) -> bool:

@@ -287,7 +287,7 @@ def strategy(config: RunConfig) -> Strategy | str:
     if wanted == "fsdp":
         if config.training.precision == "64-true":
             raise UserError("training.strategy fsdp does not know training.precision 64-true; use 32-true or ddp.")
-        return ShardedStrategy(world, patience)
+        return ShardedStrategy(world, patience, config.training.gather)
     return DDPStrategy(gradient_as_bucket_view=True, timeout=patience) if world > 1 else "auto"
 
 

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import signal
+from collections import Counter
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from data_factory import make_data
 from test_train import checkpoint, config, record, run_command, same, stop_after
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sinkpretrain.config import ModelConfig, RunConfig, SinkConfig, load_yaml, recipe_path
 from sinkpretrain.errors import UserError
 from sinkpretrain.load import load_model
 from sinkpretrain.model import GPTNeoX
-from sinkpretrain.sharding import ShardedStrategy
+from sinkpretrain.sharding import ShardedStrategy, gathered_for_a_step
 from sinkpretrain.train import strategy, train
 
 STEPS = 6
 
 
-def small(data: Path, out: Path) -> RunConfig:
-    """Three heads over two processes: sink parameters of [3, 16] are sliced unevenly. Clipping is in effect."""
-    base = config(data, out, steps=STEPS)
+def small(data: Path, out: Path, gather: str) -> RunConfig:
+    """Three heads over two processes: sink parameters of [3, 16] are sliced unevenly. Clipping is in effect, and each
+    process's four samples take two passes."""
+    base = config(data, out, steps=STEPS, gather=gather)
     return dataclasses.replace(
         base,
         model=ModelConfig(n_layer=2, d_model=48, n_head=3, context=32),
@@ -56,19 +66,22 @@ def agree(run: Path, reference: Path) -> None:
             assert ((got - want).norm() / want.norm().clamp_min(1e-12)).item() < 1e-3, (number, name)
 
 
-def test_sharded_equals_plain_and_checkpoints_move(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("gather", ["step", "block"])
+def test_sharded_equals_plain_and_checkpoints_move(gather: str, tmp_path: Path, monkeypatch) -> None:
     """Two gloo processes with a slice each against one process with everything; stopped under one, resumed under the
     other, both ways; and resumed sharded to the last bit."""
     data = make_data(tmp_path / "data")
 
     def run(name: str) -> RunConfig:
-        return small(data, tmp_path / name)
+        return small(data, tmp_path / name, gather)
 
     train(run("plain"))
     sharded_run(run("sharded"), tmp_path / "a")
     agree(tmp_path / "sharded", tmp_path / "plain")
     kept = [load_model(p) for p in sorted((tmp_path / "sharded" / "weights").iterdir())]
     assert [m.step for m in kept] == [0, 1, 2, 4, 6]
+    if gather == "block":
+        return  # what is on disk is the same
 
     sharded_run(run("half"), tmp_path / "b", stop=3)
     shutil.copytree(tmp_path / "half", tmp_path / "moved")
@@ -82,6 +95,64 @@ def test_sharded_equals_plain_and_checkpoints_move(tmp_path: Path, monkeypatch) 
         train(run("back"))
     sharded_run(run("back"), tmp_path / "c")
     agree(tmp_path / "back", tmp_path / "plain")
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the exchanges between processes by their names in torch's c10d."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter[str]()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.counts[func.__name__.partition(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def two_processes_pretended() -> Iterator[None]:
+    """A process group of two whose collectives send nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("gather", "passes_gathering", "passes_reducing"), [("step", 1, 1), ("block", 6, 3)])
+def test_exchanges_of_a_step(
+    gather: str, passes_gathering: int, passes_reducing: int, tiny: ModelConfig, two_processes_pretended: None
+) -> None:
+    """Gathered for a step: one exchange of weights and one of gradients per unit, however many passes. By the block:
+    a gathering in each forward and each backward pass, except for what is outside the blocks."""
+    model = GPTNeoX(tiny, SinkConfig("vanilla"))
+    plan = ShardedStrategy(2, timedelta(seconds=9), gather)
+    plan.parallel_devices = [torch.device("cpu")]
+    plan.shard(model, init_device_mesh("cpu", (2,)))
+    ids = torch.randint(0, tiny.tokenizer_size, (2, 16))
+    with Collectives() as seen:
+        for last in (False, False, True):
+            with contextlib.nullcontext() if last else plan.block_backward_sync():
+                hidden = model.hidden(ids, model.causal(16, ids.device))  # as in training
+                (hidden @ model.head.weight.T).sum().backward()
+    assert all(isinstance(p.grad, DTensor) for p in model.parameters() if p.requires_grad)
+    root_gathering = 1 if gather == "step" else 3
+    assert seen.counts == {
+        "_allgather_base_": passes_gathering * tiny.n_layer + root_gathering,
+        "_reduce_scatter_base_": passes_reducing * (tiny.n_layer + 1),
+    }
+
+
+def test_gathered_for_a_step_where_memory_allows() -> None:
+    def auto(parameters: float, gib: int | None) -> bool:
+        return gathered_for_a_step(int(parameters), gib and gib * 2**30)
+
+    assert auto(1.0e9, 80)
+    assert auto(2.8e9, 80)
+    assert not auto(6.9e9, 80)
+    assert not auto(1.4e9, 24)
+    assert auto(6.9e9, None)
+    assert gathered_for_a_step(10**12, 1, "step")
+    assert not gathered_for_a_step(1, 10**12, "block")
 
 
 def test_which_strategy(tmp_path: Path) -> None:
