@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from sinkpretrain.files import write_atomically
@@ -117,7 +117,8 @@ def perplexity_figure(models: Models, settings: list[str]) -> Figure:
         settings: all that occur, in order; ``X-nocolumn`` shares the panel of ``X``.
     """
     figure, axes = _position_figure(models, settings, lambda nll, _: running_perplexity(nll), "perplexity so far")
-    axes[0].set_yscale("log")  # the panels share it
+    for axis in axes:
+        axis.set_yscale("log")
     for axis in axes:
         axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
         low, high = axis.get_ylim()
@@ -134,8 +135,9 @@ def change_figure(models: Models, settings: list[str], bases: Mapping[str, NDArr
     )
     values = np.concatenate([line.get_ydata() for axis in axes for line in axis.lines])
     if np.nanmax(np.abs(values)) > 50:
-        axes[0].set_yscale("symlog", linthresh=1)
-        axes[0].set_ylim(min(-1.0, 2 * np.nanmin(values)), 2 * np.nanmax(values))
+        for axis in axes:
+            axis.set_yscale("symlog", linthresh=1)
+            axis.set_ylim(min(-1.0, 2 * np.nanmin(values)), 2 * np.nanmax(values))
     for axis in axes:
         axis.axhline(0, color=INK, linewidth=0.8)
         axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _signed(v)))
@@ -148,14 +150,23 @@ def _position_figure(
     curve: Callable[[NDArray[np.floating], str], tuple[NDArray[np.float64], NDArray[np.float64]]],
     label: str,
 ) -> tuple[Figure, list[Axes]]:
-    """Curves over token positions, a panel per cache with shared axes; the figure and its panels."""
+    """Curves over token positions, a panel per cache; the figure and its panels.
+
+    The panels share their axes, or those of a row do where each row is one size of cache (``_by_size``).
+    """
     panels = list(dict.fromkeys(s.removesuffix("-nocolumn") for s in settings))
-    columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(1.2 + 3.1 * columns, 1.0 + 2.6 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    places = _by_size(panels)
+    small = bool(places)
+    width, height = (2.2, 2.1) if small else (3.1, 2.6)
+    if not small:
+        columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
+        places = [divmod(n, columns) for n in range(len(panels))]
+    rows, columns = (max(place[side] for place in places) + 1 for side in (0, 1))
+    figure = Figure(figsize=(1.2 + width * columns, 1.0 + height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey="row" if small else True)
     lines: dict[str, Any] = {}
-    for place, (axis, panel) in enumerate(zip(axes.flat, panels, strict=False)):
+    for place, panel in zip(places, panels, strict=True):
+        axis = axes[place]
         for number, (name, losses) in enumerate(models):
             for setting, style, remark in (
                 (panel, {}, ""),
@@ -166,18 +177,37 @@ def _position_figure(
                     lines.setdefault(name + remark, line)
         axis.set_title(f"cache {panel}" if "+" in panel else panel)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(numticks=4 if small else None))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
         axis.xaxis.set_minor_formatter(NullFormatter())
         tidy(axis)
-        if place + columns >= len(panels):  # nothing below it
+        row, column = place
+        if not any(column == c and row < r for r, c in places):  # nothing below it
             axis.set_xlabel("tokens read")
             axis.tick_params(labelbottom=True)
-        if place % columns == 0:
+        if not any(row == r and column > c for r, c in places):  # nor to its left
             axis.set_ylabel(label)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    legend_below(figure, lines, columns)
-    return figure, list(axes.flat[: len(panels)])
+            axis.tick_params(labelleft=True)
+    for place in np.ndindex(axes.shape):
+        axes[place].set_visible(place in places)
+    legend_below(figure, lines, min(columns, 3))
+    return figure, [axes[place] for place in places]
+
+
+MANY_PANELS = 6
+"""Panels above which they are laid out by the size of the cache, if there are several sizes."""
+
+
+def _by_size(panels: Sequence[str]) -> list[tuple[int, int]]:
+    """Row and column of each cache x+y: x+y grows downwards and x to the right. Empty where that is no table."""
+    caches = [re.fullmatch(r"(\d+)\+(\d+)", panel) for panel in panels]
+    if len(panels) <= MANY_PANELS or None in caches:
+        return []
+    pairs = [(int(found[1]), int(found[1]) + int(found[2])) for found in caches if found]
+    initial, sizes = (sorted({pair[side] for pair in pairs}) for side in (0, 1))
+    if len(sizes) == 1 or len(initial) > MANY_PANELS:
+        return []
+    return [(sizes.index(size), initial.index(x)) for x, size in pairs]
 
 
 @styled

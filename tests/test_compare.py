@@ -236,6 +236,28 @@ def test_a_cache_is_set_against_one_of_its_size(tmp_path: Path, monkeypatch: pyt
     assert "a change against vanilla in a cache of the same size (2+30, 4+60): below the line is better." in text
 
 
+def test_many_caches_of_several_sizes_make_a_table() -> None:
+    """A row for each size, a column for each number of initial positions; fewer panels are laid out as they come."""
+
+    def places(caches: list[str]) -> dict[str, tuple[int, int]]:
+        losses = {c: np.linspace(1, 2, 100) for c in caches}
+        figure = figures.perplexity_figure([("m", losses)], caches)
+        starts = {}
+        for axis in figure.axes:
+            if axis.get_visible():
+                grid = axis.get_subplotspec()
+                assert grid is not None
+                starts[axis.get_title().removeprefix("cache ")] = (grid.rowspan.start, grid.colspan.start)
+        return starts
+
+    table = ["0+32", "1+31", "4+28", "0+64", "1+63", "2+62", "4+60"]
+    assert places(table) == dict(zip(table, [(0, 0), (0, 1), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3)], strict=True))
+    few = ["0+32", "4+28", "0+64", "4+60", "dense"]
+    assert places(few) == dict(zip(few, [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)], strict=True))
+    assert places([*table, "dense"])["0+64"] == (1, 0)
+    assert places([*table, "dense"])["dense"] == (2, 1)
+
+
 def test_other_text_is_refused(tmp_path: Path) -> None:
     a = make_result(tmp_path / "a", "vanilla", {"4+60": 18.0})
     b = make_result(tmp_path / "b", "zero_sink", {"4+60": 18.0}, text="u")
