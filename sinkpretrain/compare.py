@@ -130,9 +130,9 @@ def print_table(c: Comparison, console: Console, title: str = "streaming perplex
         return
     beside = c.paper and has_paper(c.groups, c.settings)
     title += f" (in parentheses: {paper.CITATION})" if beside else ""
-    console.print(console_table(table_3(c.groups, c.settings, beside), title))
+    console.print(console_table(table_3(c.groups, c.settings, beside), title, console))
     if c.paper and not beside:
-        console.print(console_table(papers_table(), f"for comparison, {paper.CITATION} (160M parameters)"))
+        console.print(console_table(papers_table(), f"for comparison, {paper.CITATION} (160M parameters)", console))
 
 
 def log_to_wandb(c: Comparison, mode: Literal["online", "offline"], project: str) -> None:

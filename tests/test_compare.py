@@ -566,6 +566,20 @@ def test_the_terminal_shows_the_same_numbers(table3: list[Path], tmp_path: Path)
     assert "25,000 (29,214)" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_narrow_terminal_shows_settings_as_rows(table3: list[Path], tmp_path: Path) -> None:
+    """Instead of columns of dots."""
+    settings = [f"{x}+{c - x}" for c in (32, 64, 128, 256) for x in (0, 1, 2, 4)]
+    a, b = (
+        make_result(tmp_path / m, m, {s: 20.0 + n for n, s in enumerate(settings)}) for m in ("vanilla", "zero_sink")
+    )
+    console = Console(file=io.StringIO(), width=80)
+    print_table(compare([a, b], tmp_path / "out"), console)
+    lines = [line.split() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert ["┃", "mechanism", "┃", "vanilla", "┃", "zero_sink", "┃"] in lines
+    assert ["│", "4+252", "│", "35.00", "│", "35.00", "│"] in lines
+    assert not any("…" in word for line in lines for word in line)
+
+
 def test_the_same_result_twice_counts_once(tmp_path: Path) -> None:
     a = make_result(tmp_path / "a", "vanilla", {"4+60": 18.0})
     assert len(compare([a, a, tmp_path], tmp_path / "out").found.results) == 1

@@ -14,6 +14,7 @@ import jinja2
 import rich.table
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from sinkpretrain import figures
 from sinkpretrain.comparison.blocks import Picture, Section, Table
@@ -68,10 +69,18 @@ def inline_svg(figure: Figure) -> Markup:
     return Markup(text)
 
 
-def console_table(table: Table, title: str) -> rich.table.Table:
-    """The same table for a terminal."""
-    shown = rich.table.Table(*table.head, title=title)
-    for row in table.rows:
+def console_table(table: Table, title: str, console: Console) -> rich.table.Table:
+    """The same table for a terminal, with rows for columns where it is too wide for that."""
+    unbounded = console.options.update(max_width=10_000)
+    shown = _console_table([table.head, *table.rows], title)
+    if console.measure(shown, options=unbounded).maximum > console.width and len(table.rows) < len(table.head):
+        return _console_table([list(line) for line in zip(table.head, *table.rows, strict=True)], title)
+    return shown
+
+
+def _console_table(lines: list[list[str]], title: str) -> rich.table.Table:
+    shown = rich.table.Table(*lines[0], title=title)
+    for row in lines[1:]:
         shown.add_row(*row)
     return shown
 
