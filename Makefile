@@ -12,7 +12,7 @@ JOBS ?= 2
 .PHONY: help test demo lint types unit gpu-test format wheel clean
 
 help:
-	@echo "make demo    text to Table 3 with small models, then with trained ones; five minutes, no network beyond the installation"
+	@echo "make demo    text to Table 3 with small models, then with trained ones; four minutes, no network beyond the installation"
 	@echo "make test    lint, types and tests"
 	@echo "make lint | types | unit | gpu-test | format | wheel | clean"
 

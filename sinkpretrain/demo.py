@@ -70,7 +70,7 @@ def standard_library() -> list[str]:
     ]
 
 
-def demo(out: str = "demo", text: str = "", steps: int = 400, paper: bool = True) -> None:
+def demo(out: str = "demo", text: str = "", steps: int = 300, paper: bool = True) -> None:
     """Prepare text, train three small models, stream them; then stream models that were trained for long.
 
     An interrupted demo goes on.
@@ -222,7 +222,7 @@ def finding(differences: list[Record]) -> str:
             "trained sink token kept alone loses less."
         )
     told = [
-        f"  {what:<48} {change(percent(d['nats'])):>8} % ({interval(d['low'], d['high'])})"
+        f"  {what:<43} {change(percent(d['nats'])):>8} % ({interval(d['low'], d['high'])})"
         for what, d in lines.items()
         if d
     ]
