@@ -72,6 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LostProcessError as error:
         print(f"sinkpretrain {arguments[0]}: {error}", file=sys.stderr)
         return TRY_AGAIN
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+            raise
+        why = str(error).partition(". ")[0]
+        print(
+            f"sinkpretrain {arguments[0]}: the GPU's memory is full ({why}); use a smaller batch, 16-bit numbers or "
+            f"the CPU: see sinkpretrain {arguments[0]} --help.",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt as stop:
         print(f"sinkpretrain {arguments[0]}: {stop or 'stopped.'}", file=sys.stderr)
         return 130

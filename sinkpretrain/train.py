@@ -39,7 +39,7 @@ from sinkpretrain.load import step_of
 from sinkpretrain.measures import LONG_SAMPLES
 from sinkpretrain.model import GPTNeoX
 from sinkpretrain.provenance import source_hash, versions
-from sinkpretrain.ranks import is_taken_port, says_lost
+from sinkpretrain.ranks import is_short_of_memory, is_taken_port, says_lost
 from sinkpretrain.run_directory import claim, note_attempt
 from sinkpretrain.sharding import ShardedStrategy
 from sinkpretrain.signals import StopRequest
@@ -75,7 +75,8 @@ def train(config: RunConfig, allow_changes: bool = False, stop: StopRequest | No
         stop: takes the signals; by default one that has them until this returns.
 
     Raises:
-        UserError: the configuration, the data and the run directory do not go together, or the disk is full.
+        UserError: the configuration, the data and the run directory do not go together, or the disk or the device's
+            memory is full.
         LostProcessError: another process of the run has gone; what the last checkpoint holds is not lost.
     """
     stop = stop or StopRequest()
@@ -101,6 +102,23 @@ def train(config: RunConfig, allow_changes: bool = False, stop: StopRequest | No
             stop.uninstall()
 
 
+def short_of_memory(config: RunConfig) -> str:
+    """What a device's memory does not hold, and what to do about it; of a resolved configuration."""
+    device = accelerator(config)
+    share = -(-config.data.batch_size // world_size(config))
+    samples = -(-share // -(-share // config.training.micro_batch))
+    size = f" ({torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB)" if device == "cuda" else ""
+    smaller = f"use --training.micro_batch {samples // 2}, which makes the same steps of more passes"
+    several = "use several devices and --training.strategy fsdp"
+    if world_size(config) > 1:
+        sharded = isinstance(strategy(config), ShardedStrategy)
+        several = "use more devices" if sharded else "use --training.strategy fsdp"
+    return (
+        f"the memory of {device}{size} does not hold the model and a pass of {samples} x {config.model.context:,} "
+        f"tokens; {smaller if samples > 1 else several}"
+    )
+
+
 def _train(config: RunConfig, allow_changes: bool, stop: StopRequest) -> TrainResult:
     tokens = open_data(config.data)
     config = resolve(config, tokens)
@@ -124,7 +142,14 @@ def _train(config: RunConfig, allow_changes: bool, stop: StopRequest) -> TrainRe
                 warnings.filterwarnings("ignore", message=text)
             module, trainer = build(config, tokens, stop, facts(config, tokens, checkpoint))
             data = TokenData(config, tokens, module)
-            trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+            try:
+                trainer.fit(
+                    module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
+                )
+            except RuntimeError as error:
+                if is_short_of_memory(error):
+                    raise UserError(f"{short_of_memory(config)}. What the run has saved is kept.") from error
+                raise
         return _leave(run, config, module, trainer)
 
 

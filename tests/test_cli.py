@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from data_factory import make_data
 
@@ -95,6 +96,17 @@ def test_mistakes_are_one_sentence(
     assert len(error.strip().splitlines()) == 1
     assert "Traceback" not in error
     assert not out.exists()
+
+
+def test_a_full_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(arguments: list[str]) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has 2 GiB free.")
+
+    monkeypatch.setattr("sinkpretrain.commands.zero_shot", full)
+    assert main(["zero-shot", "model"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("sinkpretrain zero-shot: the GPU's memory is full (CUDA out of memory); use a smaller batch")
+    assert said.count("\n") == 1
 
 
 def test_a_misspelt_key_in_a_recipe_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from data_factory import make_data
@@ -32,7 +33,7 @@ from sinkpretrain.errors import SettingHasNoEffect, UserError
 from sinkpretrain.lit import learning_rate, parameter_groups
 from sinkpretrain.load import load_model
 from sinkpretrain.model import GPTNeoX
-from sinkpretrain.train import resolve, train
+from sinkpretrain.train import resolve, short_of_memory, train
 
 STEPS = 12
 
@@ -322,6 +323,41 @@ def test_impossible_settings_are_refused_before_anything_is_written(data: Path, 
     with pytest.raises(UserError, match="is not the tokenizer that the manifest names"):
         train(config(data_copy.parent, run))
     assert not run.exists()
+
+
+def test_a_full_memory_is_one_sentence_and_a_smaller_pass_goes_on(
+    data: Path, undisturbed: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Eight samples in passes of 3, 3 and 2, then one by one; a step's gradients come out the same."""
+
+    class Full(lit.PretrainModule):
+        def loss(self, ids_BT, labels_BT):
+            if self.global_step == 5 and len(ids_BT) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return super().loss(ids_BT, labels_BT)
+
+    monkeypatch.setattr("sinkpretrain.train.PretrainModule", Full)
+    run = config(data, tmp_path / "run")
+    with pytest.raises(UserError, match=r"memory of cpu .* a pass of 3 x 64 tokens; use --training.micro_batch 1, "):
+        train(run)
+    smaller = dataclasses.replace(run, training=dataclasses.replace(run.training, micro_batch=1))
+    assert train(smaller).finished
+    ours, theirs = (np.array([x["loss"] for x in record(r) if "loss" in x]) for r in (tmp_path / "run", undisturbed))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("training", "advice"),
+    [
+        ({"micro_batch": 1}, "use several devices and --training.strategy fsdp"),
+        ({"micro_batch": 1, "devices": 2}, "use --training.strategy fsdp"),
+        ({"micro_batch": 1, "devices": 2, "strategy": "fsdp"}, "use more devices"),
+        ({"micro_batch": 100, "devices": 2}, "a pass of 4 x 64 tokens; use --training.micro_batch 2, "),
+    ],
+)
+def test_what_to_do_about_a_full_memory(training: dict[str, Any], advice: str, data: Path, tmp_path: Path) -> None:
+    base = config(data, tmp_path / "run", **training)
+    assert advice in short_of_memory(resolve(base, open_data(base.data)))
 
 
 def test_disk_full_keeps_the_older_checkpoint(data: Path, tmp_path: Path, monkeypatch) -> None:
