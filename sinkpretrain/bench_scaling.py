@@ -18,7 +18,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
@@ -107,7 +107,8 @@ def bench_scaling(
         setting = Setting(Path(folder), context, 0, 0, compile, fused=True)
         for model in models.split(","):
             # By size first, so that the small jobs of both rules lie together and share the host.
-            plan = [job(setting, model, rule, n, strategy, gather) for n, rule in itertools.product(counts, RULES)]
+            each = itertools.product(counts, RULES)
+            plan = [job(setting, model, rule, n, strategy=strategy, gather=gather) for n, rule in each]
             for together in waves(plan, gpus if side_by_side else 0):
                 left = 60 * minutes - (time.monotonic() - started)
                 if left < SHORTEST and report["figures"]:
@@ -141,8 +142,9 @@ def _counts(devices: str, gpus: int) -> list[int]:
     return counts
 
 
-def job(setting: Setting, model: str, rule: str, devices: int, strategy: str = "auto", gather: str = "auto") -> Job:
-    """A recipe's run on so many devices; raises UserError if its batch does not divide over them."""
+def job(setting: Setting, model: str, rule: str, devices: int, **training: Any) -> Job:
+    """A recipe's run on so many devices, with these settings of ``training``; raises UserError if its batch does not
+    divide over them."""
     base = setting.config(model, "vanilla")
     micro = base.training.micro_batch
     batch = micro * devices if rule == "per device" else setting.recipe_batch(model)
@@ -156,11 +158,7 @@ def job(setting: Setting, model: str, rule: str, devices: int, strategy: str = "
         data=dataclasses.replace(base.data, batch_size=batch),
         # The profiled steps are behind the last full flush.
         training=dataclasses.replace(
-            base.training,
-            devices=devices,
-            steps=steps // every * every + PROFILED_STEPS,
-            strategy=cast(Any, strategy),
-            gather=cast(Any, gather),
+            base.training, devices=devices, steps=steps // every * every + PROFILED_STEPS, **training
         ),
         log=dataclasses.replace(base.log, every=every),
     )

@@ -31,15 +31,20 @@ def gpu_names(count: int) -> list[str]:
     return visible.split(",") if visible else [str(k) for k in range(count)]
 
 
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU; None for the CPU, whose processes share them."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 @contextlib.contextmanager
-def device_memory(device: torch.device, what: str) -> Iterator[None]:
-    """Turn a lack of memory while something is put on a device into a UserError."""
+def device_memory(advice: Callable[[], str]) -> Iterator[None]:
+    """Turn a lack of memory, of a GPU or of the host, into a UserError with these words."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the memory of {device} does not hold {what}; use --dtype bfloat16 or --device cpu."
-        ) from error
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error):
+            raise UserError(advice()) from error
+        raise
 
 
 def peak_memory(device: torch.device) -> int:

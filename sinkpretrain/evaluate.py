@@ -120,7 +120,8 @@ def stream(
     if missing:
         # float32 means float32: no tf32 products, whatever ran in this process before.
         torch.set_float32_matmul_precision("highest")
-        with device_memory(where, f"{loaded.name} in {dtype}"):
+        smaller = "use --dtype bfloat16 or --device cpu"
+        with device_memory(lambda: f"the memory of {where} does not hold {loaded.name} in {dtype}; {smaller}."):
             loaded.model.to(where)
     size = BlockSize(block) if block else BlockSize.default(where)
     for number, setting in enumerate(missing):

@@ -119,7 +119,7 @@ def perplexity_figure(models: Models, settings: list[str]) -> Figure:
     figure, axes = _position_figure(models, settings, lambda nll, _: running_perplexity(nll), "perplexity so far")
     for axis in axes:
         axis.set_yscale("log")
-    for axis in axes:
+    for axis in axes:  # only now: a scale sets the formatters of all panels that share it
         axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
         low, high = axis.get_ylim()
         labelled = "25" if high > 10 * low else "2357"
@@ -197,6 +197,8 @@ def _position_figure(
 MANY_PANELS = 6
 """Panels above which they are laid out by the size of the cache, if there are several sizes."""
 
+MOST_COLUMNS = 6
+
 
 def _by_size(panels: Sequence[str]) -> list[tuple[int, int]]:
     """Row and column of each cache x+y: x+y grows downwards and x to the right. Empty where that is no table."""
@@ -205,7 +207,7 @@ def _by_size(panels: Sequence[str]) -> list[tuple[int, int]]:
         return []
     pairs = [(int(found[1]), int(found[1]) + int(found[2])) for found in caches if found]
     initial, sizes = (sorted({pair[side] for pair in pairs}) for side in (0, 1))
-    if len(sizes) == 1 or len(initial) > MANY_PANELS:
+    if len(sizes) == 1 or len(initial) > MOST_COLUMNS:
         return []
     return [(sizes.index(size), initial.index(x)) for x, size in pairs]
 

@@ -20,11 +20,6 @@ def is_taken_port(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "EADDRINUSE" in str(error)
 
 
-def is_short_of_memory(error: BaseException) -> bool:
-    """Whether a GPU, or the host, had no memory left for a tensor."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)
-
-
 def says_lost(error: BaseException) -> bool:
     """Whether an error says that another process has gone or does not answer, rather than that something is wrong here.
 

@@ -21,19 +21,8 @@ from sinkpretrain.provenance import provenance
 
 FREE_TO_CHANGE = ("out", "name", "log", "data.path", "data.validation_path")
 FREE_IN_TRAINING = (
-    *(
-        "steps",
-        "micro_batch",
-        "compile",
-        "fused",
-        "accelerator",
-        "devices",
-        "nodes",
-        "strategy",
-        "gather",
-        "deterministic",
-    ),
-    *("max_skipped", "stall_seconds", "stop_margin"),
+    *("steps", "micro_batch", "compile", "fused", "accelerator", "devices", "nodes", "strategy", "gather"),
+    *("deterministic", "max_skipped", "stall_seconds", "stop_margin"),
 )
 """Settings that a resumed run may change: where and how fast it runs, how long, and what is logged. Whether moved data
 are the same data is decided by their hashes."""

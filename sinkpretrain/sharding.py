@@ -13,7 +13,6 @@ from collections.abc import Generator, Mapping
 from datetime import timedelta
 from typing import Any, cast
 
-import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from sinkpretrain.device import total_memory
 from sinkpretrain.model import GPTNeoX
 
 MEMORY_SHARE = 1 / 3
@@ -39,23 +39,6 @@ def gathered_for_a_step(parameters: int, memory: int | None, wanted: str = "auto
     if wanted != "auto":
         return wanted == "step"
     return memory is None or 8 * parameters <= MEMORY_SHARE * memory
-
-
-def shard(model: GPTNeoX, mesh: DeviceMesh, for_a_step: bool) -> None:
-    """Slice the weights over a one-dimensional mesh: each block is a unit, what is outside the blocks another.
-
-    Weights and their gradients stay in the precision they are in; autocast does the rest, as it does unsharded.
-
-    Args:
-        model: not sharded yet.
-        mesh: of the processes.
-        for_a_step: keep a block's weights whole after its forward pass (``gathered_for_a_step``).
-    """
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=not for_a_step)
-    # The weights outside the blocks stay whole from the embedding to the loss, which reads the output matrix itself.
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    register_fsdp_forward_method(model, "hidden")
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -106,12 +89,16 @@ class ShardedStrategy(ModelParallelStrategy):
         self._for_a_step: FSDPModule | None = None
 
     def shard(self, model: GPTNeoX, mesh: DeviceMesh) -> None:
-        """Shard the model in place, its weights whole for as long as asked for."""
-        memory = None
-        if self.root_device.type == "cuda":
-            memory = torch.cuda.get_device_properties(self.root_device).total_memory
-        for_a_step = gathered_for_a_step(model.n_parameters(), memory, self._gather)
-        shard(model, mesh, for_a_step)
+        """Slice the weights over a one-dimensional mesh: each block is a unit, what is outside the blocks another.
+
+        Weights and their gradients stay in the precision they are in; autocast does the rest, as it does unsharded.
+        """
+        for_a_step = gathered_for_a_step(model.n_parameters(), total_memory(self.root_device), self._gather)
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=not for_a_step)
+        # What is outside the blocks stays whole from the embedding to the loss, which reads the output matrix itself.
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        register_fsdp_forward_method(model, "hidden")
         self._for_a_step = cast(FSDPModule, model) if for_a_step else None
 
     @contextlib.contextmanager

@@ -32,6 +32,7 @@ from sinkpretrain import attempts, metrics, sinks, slurm
 from sinkpretrain.checkpoint import AtomicCheckpointIO, BackgroundWriter, newest_checkpoint
 from sinkpretrain.config import RunConfig, to_dict
 from sinkpretrain.data import Batch, Samples, Stream, Tokens, open_data, spot_check, training_order
+from sinkpretrain.device import device_memory, total_memory
 from sinkpretrain.errors import LostProcessError, SettingHasNoEffect, UserError
 from sinkpretrain.files import read_json, sha256_file
 from sinkpretrain.lit import Ending, PretrainModule
@@ -39,7 +40,7 @@ from sinkpretrain.load import step_of
 from sinkpretrain.measures import LONG_SAMPLES
 from sinkpretrain.model import GPTNeoX
 from sinkpretrain.provenance import source_hash, versions
-from sinkpretrain.ranks import is_short_of_memory, is_taken_port, says_lost
+from sinkpretrain.ranks import is_taken_port, says_lost
 from sinkpretrain.run_directory import claim, note_attempt
 from sinkpretrain.sharding import ShardedStrategy
 from sinkpretrain.signals import StopRequest
@@ -107,7 +108,8 @@ def short_of_memory(config: RunConfig) -> str:
     device = accelerator(config)
     share = -(-config.data.batch_size // world_size(config))
     samples = -(-share // -(-share // config.training.micro_batch))
-    size = f" ({torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB)" if device == "cuda" else ""
+    memory = total_memory(torch.device(device))
+    size = f" ({memory / 2**30:.0f} GiB)" if memory else ""
     smaller = f"use --training.micro_batch {samples // 2}, which makes the same steps of more passes"
     several = "use several devices and --training.strategy fsdp"
     if world_size(config) > 1:
@@ -115,7 +117,7 @@ def short_of_memory(config: RunConfig) -> str:
         several = "use more devices" if sharded else "use --training.strategy fsdp"
     return (
         f"the memory of {device}{size} does not hold the model and a pass of {samples} x {config.model.context:,} "
-        f"tokens; {smaller if samples > 1 else several}"
+        f"tokens; {smaller if samples > 1 else several}. What the run has saved is kept."
     )
 
 
@@ -142,14 +144,9 @@ def _train(config: RunConfig, allow_changes: bool, stop: StopRequest) -> TrainRe
                 warnings.filterwarnings("ignore", message=text)
             module, trainer = build(config, tokens, stop, facts(config, tokens, checkpoint))
             data = TokenData(config, tokens, module)
-            try:
-                trainer.fit(
-                    module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
-                )
-            except RuntimeError as error:
-                if is_short_of_memory(error):
-                    raise UserError(f"{short_of_memory(config)}. What the run has saved is kept.") from error
-                raise
+            path = str(checkpoint) if checkpoint else None
+            with device_memory(lambda: short_of_memory(config)):
+                trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
         return _leave(run, config, module, trainer)
 
 

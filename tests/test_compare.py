@@ -566,7 +566,7 @@ def test_the_terminal_shows_the_same_numbers(table3: list[Path], tmp_path: Path)
     assert "25,000 (29,214)" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_a_narrow_terminal_shows_settings_as_rows(table3: list[Path], tmp_path: Path) -> None:
+def test_a_narrow_terminal_shows_settings_as_rows(tmp_path: Path) -> None:
     """Instead of columns of dots."""
     settings = [f"{x}+{c - x}" for c in (32, 64, 128, 256) for x in (0, 1, 2, 4)]
     a, b = (

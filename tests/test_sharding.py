@@ -118,9 +118,13 @@ def two_processes_pretended() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("gather", "passes_gathering", "passes_reducing"), [("step", 1, 1), ("block", 6, 3)])
+@pytest.mark.parametrize(("gather", "of_a_block", "of_the_rest"), [("step", (1, 1), (1, 1)), ("block", (6, 3), (3, 3))])
 def test_exchanges_of_a_step(
-    gather: str, passes_gathering: int, passes_reducing: int, tiny: ModelConfig, two_processes_pretended: None
+    gather: str,
+    of_a_block: tuple[int, int],
+    of_the_rest: tuple[int, int],
+    tiny: ModelConfig,
+    two_processes_pretended: None,
 ) -> None:
     """Gathered for a step: one exchange of weights and one of gradients per unit, however many passes. By the block:
     a gathering in each forward and each backward pass, except for what is outside the blocks."""
@@ -135,11 +139,8 @@ def test_exchanges_of_a_step(
                 hidden = model.hidden(ids, model.causal(16, ids.device))  # as in training
                 (hidden @ model.head.weight.T).sum().backward()
     assert all(isinstance(p.grad, DTensor) for p in model.parameters() if p.requires_grad)
-    root_gathering = 1 if gather == "step" else 3
-    assert seen.counts == {
-        "_allgather_base_": passes_gathering * tiny.n_layer + root_gathering,
-        "_reduce_scatter_base_": passes_reducing * (tiny.n_layer + 1),
-    }
+    gathered, reduced = (tiny.n_layer * block + rest for block, rest in zip(of_a_block, of_the_rest, strict=True))
+    assert seen.counts == {"_allgather_base_": gathered, "_reduce_scatter_base_": reduced}
 
 
 def test_gathered_for_a_step_where_memory_allows() -> None:
