@@ -27,6 +27,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch.nn.parallel import DistributedDataParallel
 
 from sinkpretrain import attempts, metrics, sinks, slurm
 from sinkpretrain.checkpoint import AtomicCheckpointIO, BackgroundWriter, newest_checkpoint
@@ -310,7 +311,16 @@ def strategy(config: RunConfig) -> Strategy | str:
         if config.training.precision == "64-true":
             raise UserError("training.strategy fsdp does not know training.precision 64-true; use 32-true or ddp.")
         return ShardedStrategy(world, patience, config.training.gather)
-    return DDPStrategy(gradient_as_bucket_view=True, timeout=patience) if world > 1 else "auto"
+    return OneStreamDDP(gradient_as_bucket_view=True, timeout=patience) if world > 1 else "auto"
+
+
+class OneStreamDDP(DDPStrategy):
+    """Lightning's, without the stream of its own on which Lightning 2.6 wraps a model: it stays that of the gradients'
+    accumulators, which then wait for the passes' stream parameter by parameter, and torch (from 2.10 on) warns of it.
+    Mended in Lightning since: https://github.com/Lightning-AI/pytorch-lightning/pull/21746."""
+
+    def _setup_model(self, model: torch.nn.Module) -> DistributedDataParallel:
+        return DistributedDataParallel(model, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
 
 
 def flat(settings: dict[str, Any], where: str = "") -> dict[str, Any]:

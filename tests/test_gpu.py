@@ -185,6 +185,7 @@ def test_two_gpus_agree_with_one_and_resume(tmp_path: Path) -> None:
     two = dataclasses.replace(base, out=str(tmp_path / "two"))
     done = run_command(two, tmp_path / "b", "--training.devices", "2", stop=6)
     assert done.returncode == 0, done.stderr
+    assert "AccumulateGrad" not in done.stderr, "gradients wait for another stream"
     assert run_command(two, tmp_path / "b", "--training.devices", "1").returncode == 0
     assert checkpoint(tmp_path / "one")["samples_seen"] == checkpoint(tmp_path / "two")["samples_seen"]
     for a, b in zip(record(tmp_path / "one"), record(tmp_path / "two"), strict=True):

@@ -26,7 +26,7 @@ from sinkpretrain.errors import UserError
 from sinkpretrain.load import load_model
 from sinkpretrain.model import GPTNeoX
 from sinkpretrain.sharding import ShardedStrategy, gathered_for_a_step
-from sinkpretrain.train import strategy, train
+from sinkpretrain.train import OneStreamDDP, strategy, train
 
 STEPS = 6
 
@@ -163,10 +163,10 @@ def test_which_strategy(tmp_path: Path) -> None:
         base = dataclasses.replace(base, training=dataclasses.replace(base.training, **training))
         return type(strategy(base)).__name__
 
-    assert chosen("pythia-410m") == "DDPStrategy"
+    assert chosen("pythia-410m") == OneStreamDDP.__name__
     assert chosen("pythia-1b") == "ShardedStrategy"
     assert chosen("pythia-1b", devices=1) == "str"
-    assert chosen("pythia-1b", strategy="ddp") == "DDPStrategy"
+    assert chosen("pythia-1b", strategy="ddp") == OneStreamDDP.__name__
     assert chosen("pythia-160m", strategy="fsdp") == ShardedStrategy.__name__
     with pytest.raises(UserError, match="64-true"):
         chosen("pythia-1b", precision="64-true")
