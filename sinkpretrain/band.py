@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sinkpretrain.attention import distance_bias, masked_attention, spread_heads
+from sinkpretrain.ops import raise_recompile_limit
 
 Kernel = Callable[[Tensor, Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
 
@@ -168,11 +169,5 @@ def _flex(device: str) -> Any:
 
     if device != "cuda":
         return flex_attention
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        # Beyond the limit, torch takes the plain definition in silence, whose logits no memory holds.
-        with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
-            return compiled(*args, **kwargs)
-
-    return call
+    raise_recompile_limit()  # no memory holds the logits of the plain definition
+    return torch.compile(flex_attention, dynamic=False)

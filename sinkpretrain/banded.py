@@ -67,7 +67,6 @@ class BandedAttention:
         drop_column: leave the mechanism's softmax column out.
         positions: where a query stands towards the first x keys.
         kernel: for the band; by default the fastest one for the device and dtype.
-        fuse: compile what lies between the products; by default on a GPU.
     """
 
     def __init__(
@@ -77,11 +76,9 @@ class BandedAttention:
         drop_column: bool = False,
         positions: Positions = "in-cache",
         kernel: Kernel | None = None,
-        fuse: bool | None = None,
     ) -> None:
         self.model, self.cache, self.drop_column, self.positions = model, cache, drop_column, positions
         self.device, self.kernel = model.embed.weight.device, kernel
-        self.fuse = can_compile(self.device) if fuse is None else fuse
         self.layers: list[LayerCache | None] = [None] * model.config.n_layer
 
     def places(self, first: int, length: int) -> Tensor:
@@ -111,9 +108,10 @@ class BandedAttention:
         band = Band(self, first, length, low)
         start = {window: Seen.of(model, window, place_T[:, None], start_S) for window in set(model.windows)}
         seen_T = {window: start[window].visible.sum(-1) + band.count(window) for window in set(model.windows)}
-        fuse = self.fuse and length > 1  # for a single row, code would be compiled by itself
+        fuse = can_compile(device, length)
         turn: Callable[..., Tensor] = compiled(rotate) if fuse else rotate
-        filled = filled_up(len(start_S)) if self.fuse else len(start_S)
+        # The same for a single row: what is settled is kept for blocks of any length.
+        filled = filled_up(len(start_S)) if can_compile(device) else len(start_S)
         merge: Callable[..., tuple[Tensor, Tensor]] = merge_start
         if fuse:
             merge = compiled(merge_few_start if filled in FEW else merge_start)
@@ -156,7 +154,7 @@ class BandedAttention:
                 out, lse = q.new_zeros(q.shape), torch.full(q.shape[:3], float("-inf"), device=device)
             if begin is not None:
                 begin_q = q if q_place is None or settled else q_place
-                if self.fuse and not settled:
+                if fuse and not settled:
                     # In memory as q is, or code would be compiled once for these queries and once for settled ones.
                     begin_q = torch.empty_strided(q.shape, q.stride(), dtype=q.dtype, device=device).copy_(begin_q)
                 out, lse = merge(out, lse, begin_q, *begin, start_bias[window])

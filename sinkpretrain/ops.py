@@ -28,16 +28,25 @@ LOGIT_BYTES = 2 << 30
 """Logits that may exist at a time in the fused loss."""
 
 
-def can_compile(device: torch.device) -> bool:
-    """Whether small functions between products are worth compiling: on a GPU, with Triton installed."""
-    return HAVE_TRITON and device.type == "cuda"
+def can_compile(device: torch.device, rows: int | None = None) -> bool:
+    """Whether small functions between products, of so many rows, are worth compiling: on a GPU, with Triton installed.
+
+    Not for a single row, for which code would be compiled by itself.
+    """
+    return HAVE_TRITON and device.type == "cuda" and (rows is None or rows > 1)
+
+
+def raise_recompile_limit() -> None:
+    """Let one function be compiled for many shapes: beyond its limits, torch takes the plain one in silence."""
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(256, limits.recompile_limit)
+    limits.accumulated_recompile_limit = max(1024, limits.accumulated_recompile_limit)
 
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` through torch.compile, once for all shapes and all who ask; itself where the compiler fails."""
-    # Sizes of 1 and orders of axes in memory are compiled anew; beyond its limit, torch stops compiling in silence.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    raise_recompile_limit()  # sizes of 1 and orders of axes in memory are compiled anew
     fast: Callable[..., Any] | None = torch.compile(function, dynamic=True)
 
     @wraps(function)

@@ -32,7 +32,7 @@ NO_TARGET = -1
 def token_nll(model: LanguageModel, hidden_NC: Tensor, targets_N: Tensor) -> Tensor:
     """-log p(target), nats, fp32 [N], whatever the dtype of the model; a part of the rows at a time."""
     device = hidden_NC.device
-    fuse = can_compile(device) and len(hidden_NC) > 1  # for a single row, code would be compiled by itself
+    fuse = can_compile(device, len(hidden_NC))
     loss = compiled(_nll) if fuse else _nll if device.type == "cuda" else _nll_by_parts
     width = model.head.weight.shape[0] * (4 if device.type == "cpu" else hidden_NC.element_size())
     rows = max(64, LOGIT_BYTES.get(device.type, 100 << 20) // width)

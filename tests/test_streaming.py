@@ -141,6 +141,12 @@ def test_memory_does_not_grow_with_the_text() -> None:
 # --- as on a GPU, where what lies between the products is compiled ---------------------------------------------------
 
 
+def compile_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "HAVE_TRITON", True)
+    for module in (banded, scoring):
+        monkeypatch.setattr(module, "can_compile", lambda _, rows=None: ops.can_compile(torch.device("cuda"), rows))
+
+
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Streams compile as they do on a GPU, as far as a graph; the list has every graph."""
@@ -153,8 +159,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     torch._dynamo.reset()
     ops.compiled.cache_clear()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    for module in (banded, scoring):
-        monkeypatch.setattr(module, "can_compile", lambda device: True)
+    compile_as_on_a_gpu(monkeypatch)
     yield found
     torch._dynamo.reset()
     ops.compiled.cache_clear()
@@ -170,7 +175,7 @@ def test_settings_and_models_share_compiled_code(graphs: list[Any], monkeypatch:
         assert 3 <= len(graphs) <= 4, [graph.code for graph in graphs]
         with monkeypatch.context() as plain:
             for module in (banded, scoring):
-                plain.setattr(module, "can_compile", lambda device: False)
+                plain.setattr(module, "can_compile", lambda device, rows=None: False)
             want = [stream_nll(net, text(length), cache, block=block) for net in nets for cache in caches]
         for a, b in zip(got, want, strict=True):
             assert np.abs(a - b).max() < 1e-5
@@ -188,8 +193,9 @@ def test_fused_equals_plain(sink: str, cache: str, monkeypatch: pytest.MonkeyPat
     parts = [slice(0, 40), slice(40, 71), slice(71, 73), slice(73, 90)]
     ways: list[dict[str, Any]] = [{"block": b} for b in (1, 7, 64)] + [{"block": 44}, {"block": 64, "parts": parts}]
     want = [stream_nll(net, ids, kept, **way) for way in ways]
-    monkeypatch.setattr(banded, "can_compile", lambda device: True)
-    monkeypatch.setattr(banded, "compiled", lambda function: function)
+    compile_as_on_a_gpu(monkeypatch)
+    for module in (banded, scoring):
+        monkeypatch.setattr(module, "compiled", lambda function: function)
     for way, plain in zip(ways, want, strict=True):
         np.testing.assert_allclose(stream_nll(net, ids, kept, **way), plain, atol=2e-5, rtol=0)
 
