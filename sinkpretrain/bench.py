@@ -24,7 +24,7 @@ from sinkpretrain.data import Batch, Samples, Stream, open_data, training_order
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import write_json
 from sinkpretrain.lit import PretrainModule
-from sinkpretrain.model import GPTNeoX
+from sinkpretrain.model import without_weights
 from sinkpretrain.peers import PEERS
 from sinkpretrain.profiling import profile
 from sinkpretrain.provenance import provenance
@@ -269,8 +269,7 @@ def _one_batch(config: RunConfig, prefix: tuple[int, ...]) -> tuple[Tensor, Tens
 
 def flops_per_token(config: RunConfig) -> float:
     """Of training on one token; counted on a model without weights."""
-    with torch.device("meta"):
-        return GPTNeoX(config.model, config.sink, seed=None).flops_per_token()
+    return without_weights(config.model, config.sink).flops_per_token()
 
 
 def synthetic(prefix: Path, tokenizer_size: int) -> Path:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from typing import Any, Literal
-
-import torch
 
 from sinkpretrain import sinks
 from sinkpretrain.config import RunConfig, SinkConfig, load_yaml, recipe_path
 from sinkpretrain.exporters import FORMS, natural_form
-from sinkpretrain.model import GPTNeoX
+from sinkpretrain.model import without_weights
 
 
 def list_mechanisms(config: str = "pythia-160m", format: Literal["table", "json", "markdown"] = "table") -> str:
@@ -33,25 +30,23 @@ def list_mechanisms(config: str = "pythia-160m", format: Literal["table", "json"
 def catalogue(config: str = "pythia-160m") -> list[dict[str, Any]]:
     """One entry per mechanism, with its default options; parameters are those it adds to the model of a recipe."""
     model = load_yaml(RunConfig, recipe_path(config)).model.resolved()
-    with torch.device("meta"):
-        plain = GPTNeoX(model, seed=None).n_parameters()
-        entries = []
-        for name, cls in sinks.REGISTRY.items():
-            sink = SinkConfig(name)
-            net = GPTNeoX(model, sink, seed=None)
-            learned = [i for i in net.prefix_ids if i >= model.tokenizer_size]
-            options = list(inspect.signature(cls.__init__).parameters.values())[2:]
-            entries.append(
-                {
-                    "mechanism": name,
-                    "summary": cls.summary,
-                    "options": {p.name: p.default for p in options},
-                    "parameters": net.n_parameters() - plain + len(learned) * model.d_model,
-                    "export": natural_form(sink, model),
-                    "kept": cls.kept,
-                    "source": cls.source,
-                }
-            )
+    plain = without_weights(model).n_parameters()
+    entries = []
+    for name, cls in sinks.REGISTRY.items():
+        sink = SinkConfig(name)
+        net = without_weights(model, sink)
+        learned = [i for i in net.prefix_ids if i >= model.tokenizer_size]
+        entries.append(
+            {
+                "mechanism": name,
+                "summary": cls.summary,
+                "options": sinks.options(cls),
+                "parameters": net.n_parameters() - plain + len(learned) * model.d_model,
+                "export": natural_form(sink, model),
+                "kept": cls.kept,
+                "source": cls.source,
+            }
+        )
     return entries
 
 

@@ -8,10 +8,11 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,14 +21,16 @@ from sinkpretrain import slurm
 from sinkpretrain.checkpoint import newest_checkpoint
 from sinkpretrain.config import RunConfig
 from sinkpretrain.data import Tokens, open_data
+from sinkpretrain.device import total_memory
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import exclusive
-from sinkpretrain.model import GPTNeoX
+from sinkpretrain.model import without_weights
 from sinkpretrain.ranks import Ranks
-from sinkpretrain.selftest import SelfTest, self_test
+from sinkpretrain.selftest import self_test
+from sinkpretrain.sharding import ShardedStrategy, gathered_for_a_step
 from sinkpretrain.signals import launched_rank
 from sinkpretrain.tokens import verify
-from sinkpretrain.train import accelerator, facts, resolve, world_size
+from sinkpretrain.train import accelerator, facts, resolve, strategy, world_size
 
 HELLO_SECONDS = 60
 PROBE_BYTES = 64 << 20
@@ -55,35 +58,37 @@ def doctor(config: RunConfig) -> list[Finding]:
     Returns:
         The findings of this process; those about all processes are rank 0's.
     """
-    found = guarded("configuration", lambda: [Finding("configuration", True, _describe(config))])
+    found = guarded("configuration", describe, config)
     tokens: Tokens | None = None
     try:
-        tokens = opened = open_data(config.data)
+        tokens = open_data(config.data)
         # One process per node reads all of it: the copies of other nodes are other files.
         if os.environ.get("SLURM_LOCALID", os.environ.get("LOCAL_RANK", "0")) == "0":
-            found += guarded("data", lambda: check_data(config, opened))
+            found += guarded("data", check_data, config, tokens)
     except UserError as error:
         found.append(Finding("data", False, str(error)))
-    found += guarded("job", lambda: check_job(config))
-    found += guarded("connections", lambda: check_connections(config, tokens))
+    found += guarded("job", check_job, config)
+    found += guarded("connections", check_connections, config, tokens)
     if launched_rank() == 0:
-        found += guarded("disk", lambda: check_disk(config, tokens))
-    found += guarded("device", lambda: check_device(config))
-    found += guarded("attention", lambda: check_attention(config))
+        found += guarded("disk", check_disk, config, tokens)
+    found += guarded("device", check_device, config)
+    found += guarded("memory", check_memory, config, tokens)
+    found += guarded("attention", check_attention, config)
     return found
 
 
-def guarded(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
+def guarded(name: str, check: Callable[..., list[Finding]], *given: Any) -> list[Finding]:
     """The findings of a check; what it raises is one more finding, not the end."""
     try:
-        return check()
+        return check(*given)
     except Exception as error:
         return [Finding(name, False, " ".join(str(error).split()) or type(error).__name__)]
 
 
-def _describe(config: RunConfig) -> str:
+def describe(config: RunConfig) -> list[Finding]:
     t = config.training
-    return f"{world_size(config)} processes on {t.nodes} nodes, {accelerator(config)}, {t.precision}, {config.out}"
+    text = f"{world_size(config)} processes on {t.nodes} nodes, {accelerator(config)}, {t.precision}, {config.out}"
+    return [Finding("configuration", True, text)]
 
 
 # --- the job ------------------------------------------------------------------------------------------------------
@@ -208,8 +213,7 @@ def check_disk(config: RunConfig, tokens: Tokens | None) -> list[Finding]:
         with exclusive(Path(scratch) / "lock", "the lock is held", patience=0):
             found.append(Finding("locks", True, f"files can be locked and renamed in {folder}"))
     if settled.model.vocab_size:
-        with torch.device("meta"):
-            parameters = GPTNeoX(settled.model, settled.sink, seed=None).n_parameters()
+        parameters = without_weights(settled.model, settled.sink).n_parameters()
         need, free = needed_bytes(settled, parameters), shutil.disk_usage(folder).free
         text = f"{free / 1e9:,.1f} GB free in {folder}, the run will need up to {need / 1e9:,.1f} GB"
         found.append(Finding("space", free > need, text))
@@ -268,19 +272,39 @@ def check_device(config: RunConfig) -> list[Finding]:
     return found
 
 
+def check_memory(config: RunConfig, tokens: Tokens | None) -> list[Finding]:
+    """Whether a GPU holds what every run keeps there, before a single activation."""
+    memory = total_memory(torch.device(accelerator(config)))
+    if memory is None or tokens is None:
+        return []
+    need = held_bytes(resolve(config, tokens), memory)
+    text = f"{need / 2**30:,.2f} of {memory / 2**30:,.1f} GiB for weights, gradients and the optimizer's moments"
+    return [Finding("memory", need < memory, f"{text}; activations come on top")]
+
+
+def held_bytes(config: RunConfig, memory: int) -> float:
+    """Bytes that a resolved configuration certainly keeps on a device of this memory, however small its passes are.
+
+    A parameter has its weight, gradient and two moments in the weights' precision. Where the model is sharded a device
+    has its share of these, and the whole weights besides while they are gathered for a step.
+    """
+    parameters = without_weights(config.model, config.sink).n_parameters()
+    size = {"64-true": 8, "bf16-true": 2}.get(config.training.precision, 4)
+    if not isinstance(strategy(config), ShardedStrategy):
+        return 4 * size * parameters
+    world, whole = world_size(config), gathered_for_a_step(parameters, memory, config.training.gather)
+    return size * parameters * (1 + 3 / world if whole else 4 / world)
+
+
 def check_attention(config: RunConfig) -> list[Finding]:
     """The mechanism on the device's own kernels against the plain definition in fp32, and what the future leaks."""
-    result = self_test(config, accelerator(config))
-    return list(_attention_findings(result))
-
-
-def _attention_findings(r: SelfTest) -> Iterator[Finding]:
+    r = self_test(config, accelerator(config))
     near = r.output < r.limits[0] and r.gradient < r.limits[1]
     limits = f"limits {r.limits[0]:.0e} and {r.limits[1]:.0e}"
     text = f"output {r.output:.1e} and gradient {r.gradient:.1e} from plain attention in fp32 ({limits})"
-    yield Finding("attention", near, text)
+    found = [Finding("attention", near, text)]
     if r.without_mechanism is not None:
         text = f"without the mechanism the output would be {r.without_mechanism:.1e} off: if it is dropped, that shows"
-        yield Finding("sink", r.without_mechanism > 2 * r.limits[0], text)
+        found.append(Finding("sink", r.without_mechanism > 2 * r.limits[0], text))
     text = f"a changed token changes what stands before it by {r.leak:.1e}, itself and what follows by {r.reach:.1e}"
-    yield Finding("causality", r.leak == 0 and r.reach > 0, text)
+    return [*found, Finding("causality", r.leak == 0 and r.reach > 0, text)]

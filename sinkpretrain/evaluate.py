@@ -288,16 +288,15 @@ def reference(entry: dict[str, Any], settings: dict[str, Any]) -> str | None:
     Where none is as large, the largest; documents treated alike and positions in the cache come first. A column left
     out or tokens replaced make no reference. None: there is no cache.
     """
-    size = entry["window"] or (entry["recent"] or 0) + (entry["start"] or 0)
+    size = _size(entry)
 
     def fit(name: str) -> tuple[Any, ...]:
         other = settings[name]
-        as_large = other["start"] + other["recent"]
         return (
             (other["documents"] is None) == (entry["documents"] is None),
-            as_large == size,
+            _size(other) == size,
             other["positions"] == "in-cache",
-            as_large if as_large != size else 0,
+            _size(other) if _size(other) != size else 0,
             other["start"],
         )
 
@@ -309,23 +308,34 @@ def reference(entry: dict[str, Any], settings: dict[str, Any]) -> str | None:
     return max(caches, key=fit, default=None)
 
 
+def _size(entry: dict[str, Any]) -> int:
+    """Tokens that a setting holds at most; 0 where there is no limit."""
+    return entry["window"] or (entry["recent"] or 0) + (entry["start"] or 0)
+
+
 def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
-    """Results for the eye: names of columns, a row per setting, and what the column of changes is against."""
-    against = {d["setting"]: d for d in results["differences"]}
+    """Results for the eye: names of columns, a row per setting, and what the column of changes is against.
+
+    A row names its reference where that is not the only one of its size.
+    """
+    settings, against = results["settings"], {d["setting"]: d for d in results["differences"]}
     references = sorted({d["against"] for d in against.values()})
     rows = []
-    for name, s in results["settings"].items():
+    for name, s in settings.items():
         change, text = against.get(name), ""
         if change:
             low, high = map(_percent, change["interval"])
             text = f"{_percent(change['nats'])} % ({low} to {high})"
-            text += f" against {change['against']}" if len(references) > 1 else ""
+            same = [r for r in references if _size(settings[r]) == _size(s)]
+            if len(references) > 1 and same != [change["against"]]:
+                text += f" against {change['against']}"
         beyond = _number(s["ppl_beyond_cache"]) if s["ppl_beyond_cache"] else ""
         interval = " - ".join(map(_number, s["interval"]))
         rows.append([name, _number(s["ppl"]), interval, beyond, text, f"{s['tokens_per_second']:,.0f}"])
     head = ["setting", "perplexity", "95 %", "beyond the cache", "change", "tokens/s"]
-    note = f"change: of the perplexity against {' and '.join(references)}, over the same tokens" if references else ""
-    return head, rows, note
+    which = ", the one of the same size" if len(references) > 1 else ""
+    note = f"change: of the perplexity against {' or '.join(references)}{which}, over the same tokens"
+    return head, rows, note if references else ""
 
 
 def _number(value: float) -> str:

@@ -19,7 +19,7 @@ from sinkpretrain.errors import UserError
 from sinkpretrain.families import load_decoder
 from sinkpretrain.files import sha256_file, write_atomically
 from sinkpretrain.language import LanguageModel
-from sinkpretrain.model import GPTNeoX
+from sinkpretrain.model import GPTNeoX, without_weights
 from sinkpretrain.weights import HUB_NAME, hub_folder, read_config, weight_files
 
 METADATA_KEY = "sinkpretrain"
@@ -303,8 +303,7 @@ def _cast(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tens
 
 
 def _filled(config: ModelConfig, sink: SinkConfig, state: dict[str, Tensor], source: Path) -> GPTNeoX:
-    with torch.device("meta"):
-        model = GPTNeoX(config, sink, seed=None)
+    model = without_weights(config, sink)
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:

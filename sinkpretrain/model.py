@@ -217,3 +217,9 @@ class GPTNeoX(nn.Module):
         c = self.config
         matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6.0 * matrices + 6.0 * c.n_layer * c.d_model * c.context
+
+
+def without_weights(config: ModelConfig, sink: SinkConfig | None = None) -> GPTNeoX:
+    """A model that takes no memory, to count its parameters or to fill them in."""
+    with torch.device("meta"):
+        return GPTNeoX(config, sink, seed=None)

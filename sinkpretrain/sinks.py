@@ -415,7 +415,7 @@ def mechanism_class(config: SinkConfig) -> type[Mechanism]:
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(REGISTRY)}."
         raise UserError(f"unknown sink mechanism {config.mechanism!r}; {hint}")
     cls = REGISTRY[config.mechanism]
-    known = option_types(cls)
+    known = {name: type(default) for name, default in options(cls).items()}
     for key, value in config.options.items():
         if key not in known:
             raise UserError(
@@ -429,10 +429,9 @@ def mechanism_class(config: SinkConfig) -> type[Mechanism]:
     return cls
 
 
-def option_types(cls: type[Mechanism]) -> dict[str, type[Any]]:
-    """Names and types of a mechanism's options, read from the defaults of its constructor."""
-    parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]
-    return {p.name: type(p.default) for p in parameters}
+def options(cls: type[Mechanism]) -> dict[str, Any]:
+    """Names and defaults of a mechanism's options, which its constructor takes after the model's configuration."""
+    return {p.name: p.default for p in list(inspect.signature(cls.__init__).parameters.values())[2:]}
 
 
 def build(config: SinkConfig, model: ModelConfig) -> Mechanism:

@@ -39,7 +39,7 @@ from sinkpretrain.files import read_json, sha256_file
 from sinkpretrain.lit import Ending, PretrainModule
 from sinkpretrain.load import step_of
 from sinkpretrain.measures import LONG_SAMPLES
-from sinkpretrain.model import GPTNeoX
+from sinkpretrain.model import without_weights
 from sinkpretrain.provenance import source_hash, versions
 from sinkpretrain.ranks import is_taken_port, says_lost
 from sinkpretrain.run_directory import claim, note_attempt
@@ -304,8 +304,7 @@ def strategy(config: RunConfig) -> Strategy | str:
     patience = timedelta(seconds=(config.training.stall_seconds or 1e6) + 120)
     world, wanted = world_size(config), config.training.strategy
     if wanted == "auto":
-        with torch.device("meta"):
-            large = GPTNeoX(config.model, config.sink, seed=None).n_parameters() >= SHARD_FROM
+        large = without_weights(config.model, config.sink).n_parameters() >= SHARD_FROM
         wanted = "fsdp" if large and world > 1 else "ddp"
     if wanted == "fsdp":
         if config.training.precision == "64-true":

@@ -16,7 +16,8 @@ from test_train import config
 from sinkpretrain import attention, doctor, selftest, slurm
 from sinkpretrain.cli import main
 from sinkpretrain.config import RunConfig, SinkConfig
-from sinkpretrain.doctor import Finding, check_attention, check_disk, check_job, needed_bytes
+from sinkpretrain.data import open_data
+from sinkpretrain.doctor import Finding, check_attention, check_disk, check_job, check_memory, needed_bytes
 from sinkpretrain.errors import UserError
 from sinkpretrain.selftest import self_test
 
@@ -59,13 +60,44 @@ def test_one_failing_check_does_not_hide_the_others(run: RunConfig, capsys) -> N
 
 
 def test_too_little_space_is_said_with_numbers(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sinkpretrain.data import open_data
-
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: _Usage(1000))
     space = next(f for f in check_disk(run, open_data(run.data)) if f.name == "space")
     assert space.ok is False
     log = dataclasses.replace(run.log, checkpoint_every=10, keep=2, weights_every=0)
     assert needed_bytes(dataclasses.replace(run, log=log), 100) == 100 * (12 * (2 + 1 + 1) + 4 * 11)
+
+
+@pytest.mark.parametrize(
+    ("training", "gib"),
+    [
+        ({"devices": 2, "strategy": "ddp"}, 16),
+        ({"devices": 4, "strategy": "fsdp", "gather": "block"}, 4),
+        ({"devices": 4, "strategy": "fsdp", "gather": "step"}, 4 + 3),
+        ({"devices": 1, "strategy": "fsdp", "gather": "step"}, 16),
+        ({"devices": 2, "strategy": "ddp", "precision": "bf16-true"}, 8),
+        ({"devices": 2, "strategy": "ddp", "precision": "64-true"}, 32),
+    ],
+)
+def test_a_model_that_no_memory_holds_is_found(
+    training: dict[str, Any], gib: int, run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 2^30 parameters, GiB are the bytes of a parameter."""
+    class Counted:
+        def n_parameters(self) -> int:
+            return 2**30
+
+    monkeypatch.setattr(doctor, "without_weights", lambda *_: Counted())
+    run = dataclasses.replace(run, training=dataclasses.replace(run.training, **training))
+    tokens = open_data(run.data)
+    for memory, ok in ((gib * 2**30 + 1, True), (gib * 2**30 - 1, False)):
+        monkeypatch.setattr(doctor, "total_memory", lambda _, memory=memory: memory)
+        (finding,) = check_memory(run, tokens)
+        assert finding.ok is ok
+        assert finding.text.startswith(f"{gib:.2f} of {memory / 2**30:.1f} GiB for weights, gradients and ")
+
+
+def test_a_cpus_memory_is_not_judged(run: RunConfig) -> None:
+    assert check_memory(run, open_data(run.data)) == []
 
 
 class _Usage:
