@@ -125,21 +125,18 @@ class AtomicCheckpointIO(CheckpointIO):
     """Lightning's reading and writing of checkpoints: copied at once, written beside the training, data only.
 
     Args:
-        writer: does the writing; without one, a checkpoint is on disk when ``save_checkpoint`` returns.
+        writer: does the writing.
         copies: as for ``on_cpu``.
 
     Raises:
         UserError: disk full (the older checkpoints are intact), or a file that is not a checkpoint.
     """
 
-    def __init__(self, writer: BackgroundWriter | None = None, copies: bool = False) -> None:
+    def __init__(self, writer: BackgroundWriter, copies: bool = False) -> None:
         self._writer, self._copies = writer, copies
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        if self._writer is None:
-            write_checkpoint(checkpoint, Path(path))
-        else:
-            self._writer.submit(Path(path), partial(write_checkpoint, on_cpu(checkpoint, self._copies), Path(path)))
+        self._writer.submit(Path(path), partial(write_checkpoint, on_cpu(checkpoint, self._copies), Path(path)))
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None

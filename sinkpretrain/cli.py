@@ -5,7 +5,6 @@ A command's module is imported when it is called, so that ``--help`` and mistake
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sinkpretrain import __version__
-from sinkpretrain.errors import TRY_AGAIN, LostProcessError, UserError
+from sinkpretrain.errors import TRY_AGAIN, LostProcessError, UserError, meant
 from sinkpretrain.signals import PROCESS
 
 
@@ -95,9 +94,7 @@ def find(name: str) -> Command:
     """The command of this name; raises UserError with the nearest one."""
     if name in COMMANDS:
         return COMMANDS[name]
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(COMMANDS)}."
-    raise UserError(f"there is no such command; {hint}")
+    raise UserError(f"there is no such command; {meant(name, COMMANDS)}")
 
 
 def overview() -> str:

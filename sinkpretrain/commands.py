@@ -18,7 +18,7 @@ from typing import Any, Literal, NoReturn
 import jsonargparse
 
 from sinkpretrain.config import RunConfig, from_dict, load_yaml, recipe_path
-from sinkpretrain.errors import UserError
+from sinkpretrain.errors import UserError, meant
 from sinkpretrain.experiment import load_member
 from sinkpretrain.signals import PROCESS, launched_rank
 
@@ -360,9 +360,8 @@ def bench(argv: Sequence[str]) -> int:
         print("\nsinkpretrain bench WHAT --help tells more.")
         raise SystemExit(0)
     if not argv or argv[0] not in BENCHMARKS:
-        near = difflib.get_close_matches(argv[0], BENCHMARKS, n=1) if argv else []
-        hint = f"did you mean {near[0]}?" if near else f"say one of {', '.join(BENCHMARKS)}."
-        raise UserError(f"{argv[0]!r} is nothing to measure; {hint}" if argv else f"what is to be measured? {hint}")
+        wrong = f"{argv[0]!r} is nothing to measure;" if argv else "what is to be measured?"
+        raise UserError(f"{wrong} {meant(argv[0] if argv else '', BENCHMARKS, 'say one of')}")
     module, name, _ = BENCHMARKS[argv[0]]
     run = getattr(importlib.import_module(module), name)
     run(**_arguments(f"bench {argv[0]}", run, argv[1:]))

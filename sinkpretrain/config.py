@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from sinkpretrain.errors import UserError
+from sinkpretrain.errors import UserError, meant
 
 T = TypeVar("T")
 
@@ -344,9 +344,7 @@ def recipe_path(name: str) -> Path:
             if candidate.is_file():
                 return candidate
     known = sorted({*recipe_names("."), *recipe_names("sinks")})
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known recipes: {', '.join(known)}."
-    raise UserError(f"no recipe or file called {name!r}; {hint}")
+    raise UserError(f"no recipe or file called {name!r}; {meant(name, known, 'known recipes:')}")
 
 
 def recipe_names(folder: str) -> list[str]:

@@ -308,5 +308,5 @@ def training_order(config: DataConfig, samples: Samples) -> Order:
     """Shuffled, unless the configuration says otherwise or the file's rows are samples in an order of their own."""
     shuffle = config.shuffle
     if shuffle is None:
-        shuffle = samples.file.row_length() != samples.model.context + 1
+        shuffle = samples.file.row_length != samples.model.context + 1
     return Order(samples.n_samples, config.seed, shuffle)

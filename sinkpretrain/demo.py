@@ -193,8 +193,8 @@ def finding(differences: list[Record]) -> str:
     Args:
         differences: records of ``comparison.numbers.own_differences``, of caches of the size of ``CACHES``.
     """
-    from sinkpretrain.comparison.blocks import change, interval
-    from sinkpretrain.comparison.numbers import percent
+    from sinkpretrain.comparison.blocks import interval
+    from sinkpretrain.statistics import change
 
     none, one, *_, all_kept = CACHES.split(",")
     found = {(d["mechanism"], d["setting"]): d for d in differences if d["title"] == d["against"]}
@@ -222,9 +222,7 @@ def finding(differences: list[Record]) -> str:
             "trained sink token kept alone loses less."
         )
     told = [
-        f"  {what:<43} {change(percent(d['nats'])):>8} % ({interval(d['low'], d['high'])})"
-        for what, d in lines.items()
-        if d
+        f"  {what:<43} {change(d['nats']):>8} % ({interval(d['low'], d['high'])})" for what, d in lines.items() if d
     ]
     head = (
         f"Change of perplexity against the same model's {all_kept} (95 % over blocks of this text; one training each):"

@@ -1,5 +1,8 @@
 """What a user did wrong, as opposed to what we did wrong."""
 
+import difflib
+from collections.abc import Collection
+
 
 class UserError(ValueError):
     """A mistake in the input: one sentence saying what is wrong, which value, and what to do.
@@ -18,3 +21,9 @@ class LostProcessError(RuntimeError):
 
 class SettingHasNoEffect(UserWarning):
     """A setting was given that changes nothing in this configuration."""
+
+
+def meant(name: str, known: Collection[str], known_are: str = "known:") -> str:
+    """The end of a sentence about a name that is not known: the one that was meant, or all there are."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"{known_are} {', '.join(known)}."

@@ -25,7 +25,7 @@ from sinkpretrain.progress import ProgressBar
 from sinkpretrain.provenance import provenance
 from sinkpretrain.scoring import BlockSize, Losses
 from sinkpretrain.setting import Setting, Wanted, check_length, settings_for
-from sinkpretrain.statistics import block_bootstrap, t_interval
+from sinkpretrain.statistics import block_bootstrap, change, t_interval
 from sinkpretrain.streaming import documents as parts_of
 
 RESULTS, FIGURE = "results.json", "stream.png"
@@ -322,13 +322,13 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
     references = sorted({d["against"] for d in against.values()})
     rows = []
     for name, s in settings.items():
-        change, text = against.get(name), ""
-        if change:
-            low, high = map(_percent, change["interval"])
-            text = f"{_percent(change['nats'])} % ({low} to {high})"
+        difference, text = against.get(name), ""
+        if difference:
+            low, high = map(change, difference["interval"])
+            text = f"{change(difference['nats'])} % ({low} to {high})"
             same = [r for r in references if _size(settings[r]) == _size(s)]
-            if len(references) > 1 and same != [change["against"]]:
-                text += f" against {change['against']}"
+            if len(references) > 1 and same != [difference["against"]]:
+                text += f" against {difference['against']}"
         beyond = _number(s["ppl_beyond_cache"]) if s["ppl_beyond_cache"] else ""
         interval = " - ".join(map(_number, s["interval"]))
         rows.append([name, _number(s["ppl"]), interval, beyond, text, f"{s['tokens_per_second']:,.0f}"])
@@ -340,11 +340,6 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
 
 def _number(value: float) -> str:
     return f"{value:.2f}" if value < 1e4 else f"{value:,.0f}" if value < 1e7 else f"{value:.1e}"
-
-
-def _percent(nats: float) -> str:
-    value = 100 * math.expm1(min(nats, 50.0))
-    return f"{value:+.2f}" if abs(value) < 1000 else f"{value:+,.0f}" if abs(value) < 1e7 else f"{value:+.0e}"
 
 
 def perplexity(nll: Losses) -> float:

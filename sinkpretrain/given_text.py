@@ -86,7 +86,7 @@ def _from_folder(folder: Path, split: str, loaded: LoadedModel) -> Text:
     if loaded.tokenizer_sha256 != manifest.tokenizer_sha256:
         _check_vocabularies(folder, loaded)
     file = open_split(folder, split or ("validation" if "validation" in manifest.splits else "train"))
-    if file.row_length() is not None:  # rows cut from a packed text: the index knows nothing of its documents
+    if file.row_length is not None:  # rows cut from a packed text: the index knows nothing of its documents
         return Text(file.tokens, str(folder), end=manifest.eod_id)
     return Text(file.tokens, str(folder), file.document_bounds(), manifest.eod_id)
 

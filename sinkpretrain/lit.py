@@ -391,7 +391,7 @@ class PretrainModule(L.LightningModule):
         self.model.train()
 
     def on_train_end(self) -> None:
-        self._bar.__exit__(None, None, None)
+        self._bar.__exit__(None)
         if self.watchdog is not None:
             self.watchdog.stop()
         self.writer.finish()
@@ -404,7 +404,7 @@ class PretrainModule(L.LightningModule):
         if self.watchdog is not None:
             self.watchdog.stop()
         if hasattr(self, "_bar"):
-            self._bar.__exit__(type(exception), exception, None)
+            self._bar.__exit__(type(exception))
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 

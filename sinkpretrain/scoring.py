@@ -35,7 +35,7 @@ def token_nll(model: LanguageModel, hidden_NC: Tensor, targets_N: Tensor) -> Ten
     fuse = can_compile(device, len(hidden_NC))
     loss = compiled(_nll) if fuse else _nll if device.type == "cuda" else _nll_by_parts
     width = model.head.weight.shape[0] * (4 if device.type == "cpu" else hidden_NC.element_size())
-    rows = max(64, LOGIT_BYTES.get(device.type, 100 << 20) // width)
+    rows = max(64, LOGIT_BYTES[device.type] // width)
     pairs = zip(torch.split(hidden_NC, rows), torch.split(targets_N, rows), strict=True)
     return torch.cat([loss(model.head(h), t) for h, t in pairs])
 

@@ -8,15 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sinkpretrain.cache import Cache, Positions
 from sinkpretrain.errors import SettingHasNoEffect, UserError
 from sinkpretrain.language import LanguageModel
 from sinkpretrain.scoring import BlockSize, Losses
-from sinkpretrain.streaming import dense_nll, recompute_nll, stream_nll, text_of_window, token_loop_nll
+from sinkpretrain.streaming import Ids, dense_nll, recompute_nll, stream_nll, text_of_window, token_loop_nll
 
-Ids = NDArray[np.integer]
 STRATEGIES: tuple[str, ...] = ("streaming", "window", "dense", "recompute", "token-loop")
 
 

@@ -10,7 +10,6 @@ A new mechanism is one class here and one small file under ``configs/sinks``; no
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from typing import Any
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkpretrain.config import ModelConfig, SinkConfig
-from sinkpretrain.errors import UserError
+from sinkpretrain.errors import UserError, meant
 from sinkpretrain.mechanism import REGISTRY as REGISTRY
 from sinkpretrain.mechanism import Column as Column
 from sinkpretrain.mechanism import Mechanism as Mechanism
@@ -411,9 +410,7 @@ class ClippedSoftmax(Mechanism):
 def mechanism_class(config: SinkConfig) -> type[Mechanism]:
     """The class that a configuration names, its option names checked; raises UserError."""
     if config.mechanism not in REGISTRY:
-        near = difflib.get_close_matches(config.mechanism, REGISTRY, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(REGISTRY)}."
-        raise UserError(f"unknown sink mechanism {config.mechanism!r}; {hint}")
+        raise UserError(f"unknown sink mechanism {config.mechanism!r}; {meant(config.mechanism, REGISTRY)}")
     cls = REGISTRY[config.mechanism]
     known = {name: type(default) for name, default in options(cls).items()}
     for key, value in config.options.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -45,9 +46,7 @@ def block_bootstrap(
     return float(low), float(high)
 
 
-def paired_difference(
-    a: NDArray[np.floating], b: NDArray[np.floating], block: int = BLOCK, draws: int = 1000, seed: int = 0
-) -> tuple[float, float, float]:
+def paired_difference(a: NDArray[np.floating], b: NDArray[np.floating]) -> tuple[float, float, float]:
     """Mean of ``a - b`` over the same tokens with its 95 % interval; pairing removes what is hard for both.
 
     A token that one of them lacks (NaN) is left out.
@@ -55,7 +54,7 @@ def paired_difference(
     assert a.shape == b.shape, (a.shape, b.shape)
     difference = a.astype(np.float64) - b.astype(np.float64)
     difference = difference[~np.isnan(difference)]
-    return (float(difference.mean()), *block_bootstrap(difference, block, draws, seed))
+    return (float(difference.mean()), *block_bootstrap(difference))
 
 
 T_975 = (
@@ -78,3 +77,9 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
         mean, sd = float(np.mean(values)), float(np.std(values, ddof=1))
     half = T_975[min(n - 1, len(T_975)) - 1] * sd / n**0.5
     return mean - half, mean + half
+
+
+def change(nats: float) -> str:
+    """A difference of mean losses as a change of perplexity: per cent, signed."""
+    value = 100 * math.expm1(min(nats, 50.0))
+    return f"{value:+.2f}" if abs(value) < 1000 else f"{value:+,.0f}" if abs(value) < 1e7 else f"{value:+.0e}"

@@ -17,8 +17,8 @@ from types import FrameType
 
 from sinkpretrain import attempts, slurm
 from sinkpretrain.errors import UserError
+from sinkpretrain.signals import SIGNALS
 
-HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 USAGE = """usage: sinkpretrain supervise srun ... sinkpretrain train FLAGS
 
 Runs the step of a training job (slurm/train.sbatch does so) and puts the job back into the queue if its processes were
@@ -61,10 +61,10 @@ def run_step(words: list[str]) -> tuple[int, bool]:
         if process is not None:
             process.send_signal(number)
 
-    for number in HANDED_ON:
+    for number in SIGNALS:
         signal.signal(number, hand_on)
     # The job scripts block signals until here, because one that arrives while Python starts would end the process.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         process = subprocess.Popen(words)
     except OSError as error:

@@ -25,15 +25,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sinkpretrain import __version__
 from sinkpretrain.errors import UserError
-from sinkpretrain.files import disk_faults, sha256_file, sync_folder, write_bytes
+from sinkpretrain.files import disk_faults, sha256_file, sync_folder, write_json
 
 MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
@@ -117,12 +116,9 @@ class TokenFile:
     def n_documents(self) -> int:
         return max(len(self.doc_idx) - 1, 0)
 
+    @cached_property
     def row_length(self) -> int | None:
         """The length common to all sequences, None where they differ or there are none."""
-        return self._row_length
-
-    @cached_property
-    def _row_length(self) -> int | None:
         if not len(self.sizes) or int(self.sizes[0]) * len(self.sizes) != self.n_tokens:
             return None
         first = self.sizes[0]
@@ -131,7 +127,7 @@ class TokenFile:
 
     def n_samples(self, context: int) -> int:
         """Training samples of `context + 1` tokens: the rows, or the windows that overlap by one token."""
-        if self.row_length() == context + 1:
+        if self.row_length == context + 1:
             return len(self.sizes)
         return max(self.n_tokens - 1, 0) // context
 
@@ -154,7 +150,7 @@ class TokenFile:
             return np.empty((0, context + 1), dtype=np.int64)
         if indices.min() < 0 or indices.max() >= n_samples:
             raise IndexError(f"sample indices {indices.min()} .. {indices.max()} of {n_samples} in {self.prefix}")
-        stride = context + 1 if self.row_length() == context + 1 else context
+        stride = context + 1 if self.row_length == context + 1 else context
         windows = np.lib.stride_tricks.sliding_window_view(self.tokens, context + 1)[::stride]
         return np.asarray(windows[indices], dtype=np.int64)
 
@@ -197,19 +193,10 @@ class TokenWriter:
         self._vocab_size = vocab_size
         self._open_tokens = 0  # of the document that `extend` has begun
         self._temporaries = [path.with_name(path.name + ".tmp") for path in _pair(self.prefix)]
-        self._files: list[IO[bytes]] = []
         with disk_faults(self.prefix):
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
-            self._files = [path.open("w+b", buffering=_CHUNK) for path in self._temporaries]
+            self._bin, self._idx = (path.open("w+b", buffering=_CHUNK) for path in self._temporaries)
             self._idx.write(bytes(_HEADER.size))  # filled in at close, when the counts are known
-
-    @property
-    def _bin(self) -> IO[bytes]:
-        return self._files[0]
-
-    @property
-    def _idx(self) -> IO[bytes]:
-        return self._files[1]
 
     def add_document(self, ids: ArrayLike) -> None:
         """Append one document: integers [tokens], its end-of-document token included."""
@@ -256,7 +243,7 @@ class TokenWriter:
         try:
             with disk_faults(self.prefix):
                 self._finish_index()
-                for file in self._files:
+                for file in (self._bin, self._idx):
                     file.flush()
                     os.fsync(file.fileno())
                     file.close()
@@ -270,7 +257,7 @@ class TokenWriter:
 
     def abort(self) -> None:
         """Remove the temporaries; an older pair stays."""
-        for file in self._files:
+        for file in (self._bin, self._idx):
             with contextlib.suppress(OSError):  # a full disk fails the last flush once more
                 file.close()
         for path in self._temporaries:
@@ -279,9 +266,7 @@ class TokenWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
         else:
@@ -405,8 +390,7 @@ class Manifest:
         """Write `manifest.json` atomically."""
         stored = asdict(self)
         del stored["tokens_per_second"]
-        text = json.dumps(stored, indent=2, ensure_ascii=False) + "\n"
-        write_bytes(Path(directory) / MANIFEST_NAME, text.encode())
+        write_json(Path(directory) / MANIFEST_NAME, stored)
 
     def data_hash(self, split: str) -> str:
         """One sha256 for the content of a split: ids and sequence boundaries."""

@@ -158,8 +158,9 @@ def _leave(run: Path, config: RunConfig, module: PretrainModule, trainer: L.Trai
     if trainer.is_global_zero:
         if not finished:
             print(f"stopped after step {step:,} of {config.training.steps:,}; the same command goes on from there.")
-        for line in _after_words(run, config):
-            print(line)
+        if config.log.wandb == "offline":
+            identity = _wandb_id(run)
+            print(f"to upload: wandb sync --id {identity} {run}/wandb/offline-run-*-{identity}")
         if module.stopped_by != signal.SIGUSR1 or _requeue(run, step):
             attempts.end(run)
         sys.stdout.flush()
@@ -168,12 +169,9 @@ def _leave(run: Path, config: RunConfig, module: PretrainModule, trainer: L.Trai
     if module.ranks.size > 1:
         dist.destroy_process_group()  # while Python is whole: threads of gloo that outlive it abort the process
     # The first process launched the others by itself, and would be killed if one of them ended with a code.
-    helper = isinstance(_environment(trainer), LightningEnvironment) and not trainer.is_global_zero
+    launched_here = isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
+    helper = launched_here and not trainer.is_global_zero
     return TrainResult(run, step, finished, None if helper else module.stopped_by or None, module.ranks.size)
-
-
-def _environment(trainer: L.Trainer) -> Any:
-    return getattr(trainer.strategy, "cluster_environment", None)
 
 
 def _requeue(run: Path, step: int) -> bool:
@@ -185,13 +183,6 @@ def _requeue(run: Path, step: int) -> bool:
     problem = "its last attempts made no step" if stuck else slurm.requeue(job)
     print(f"job {job} does not go back into the queue: {problem}." if problem else f"job {job} is back in the queue.")
     return stuck or problem is None
-
-
-def _after_words(run: Path, config: RunConfig) -> list[str]:
-    if config.log.wandb != "offline":
-        return []
-    identity = read_json(run / "run.json")["wandb_id"]
-    return [f"to upload: wandb sync --id {identity} {run}/wandb/offline-run-*-{identity}"]
 
 
 def facts(config: RunConfig, tokens: Tokens, checkpoint: Path | None) -> dict[str, Any]:
@@ -374,6 +365,7 @@ def build(
         # computed; a model compiled as one has to be cut for that.
         torch._dynamo.config.optimize_ddp = not config.training.fused or config.data.document_mask
     writer = BackgroundWriter()
+    cluster = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
     trainer = L.Trainer(
         accelerator=kind,
         devices=world // config.training.nodes,
@@ -384,7 +376,7 @@ def build(
         max_epochs=-1,
         logger=_wandb(config) if config.log.wandb != "off" else False,
         callbacks=[Ending()],
-        plugins=_plugins(writer, copies=kind == "cuda"),
+        plugins=[AtomicCheckpointIO(writer, copies=kind == "cuda"), *cluster],
         deterministic=config.training.deterministic,
         default_root_dir=config.out,
         enable_checkpointing=False,
@@ -406,11 +398,6 @@ def build(
     return module, trainer
 
 
-def _plugins(writer: BackgroundWriter, copies: bool) -> list[Any]:
-    cluster = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
-    return [AtomicCheckpointIO(writer, copies), *cluster]
-
-
 def validation_share(samples: Samples, count: int, config: RunConfig, trainer: L.Trainer) -> list[Batch]:
     """This process's part of the fixed validation set (its first ``count`` samples), in micro-batches."""
     mine = np.arange(trainer.global_rank, count, trainer.world_size)
@@ -423,9 +410,13 @@ def probe_ids(samples: Samples, count: int = PROBE_SAMPLES, length: int = PROBE_
     return samples.batch(np.arange(min(count, samples.n_samples))).ids[:, :length]
 
 
+def _wandb_id(run: Path) -> str:
+    return str(read_json(run / "run.json")["wandb_id"])
+
+
 def _wandb(config: RunConfig) -> WandbLogger:
     """One wandb run across restarts: the same id; offline each attempt is a folder to sync with --append."""
-    identity = read_json(Path(config.out) / "run.json")["wandb_id"] if _rank() == 0 else None
+    identity = _wandb_id(Path(config.out)) if _rank() == 0 else None
     if config.log.wandb == "offline":
         os.environ.setdefault("WANDB_SILENT", "true")
     return WandbLogger(

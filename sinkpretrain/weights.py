@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -108,11 +107,7 @@ def hub_folder(name: str) -> Path:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of config.json; raises UserError."""
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    raw = read_json(folder / "config.json")
     if not isinstance(raw, dict):
-        raise UserError(f"{path} does not hold the settings of a model.")
+        raise UserError(f"{folder / 'config.json'} does not hold the settings of a model.")
     return raw

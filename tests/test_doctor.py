@@ -82,6 +82,7 @@ def test_a_model_that_no_memory_holds_is_found(
     training: dict[str, Any], gib: int, run: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With 2^30 parameters, GiB are the bytes of a parameter."""
+
     class Counted:
         def n_parameters(self) -> int:
             return 2**30

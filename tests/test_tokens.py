@@ -107,7 +107,7 @@ def test_samples_overlap_by_one_token(
     with TokenWriter(prefix, 1000) as writer:
         writer.add_documents(flat, lengths)
     file = TokenFile.open(prefix)
-    if file.row_length() == context + 1:
+    if file.row_length == context + 1:
         expected = flat.reshape(-1, context + 1)
     else:
         n = (len(flat) - 1) // context
@@ -132,7 +132,7 @@ def test_rows_of_pythia_open_in_their_order(tmp_path: Path) -> None:
     index = np.full(7, 2049, "<i4").tobytes() + (np.arange(7, dtype="<i8") * 4098).tobytes()
     (tmp_path / "document.idx").write_bytes(header + index + np.arange(8, dtype="<i8").tobytes())
     file = TokenFile.open(str(tmp_path / "document"))
-    assert file.row_length() == 2049
+    assert file.row_length == 2049
     assert file.n_samples(2048) == 7
     assert (file.samples(np.array([0, 6, 3]), 2048) == rows[[0, 6, 3]]).all()
     # another context walks the same tokens in overlapping windows
@@ -142,7 +142,7 @@ def test_rows_of_pythia_open_in_their_order(tmp_path: Path) -> None:
 
 def test_a_file_without_tokens(tmp_path: Path) -> None:
     file = write(tmp_path / "a", [])
-    assert (file.n_tokens, file.n_documents, file.row_length(), file.n_samples(4)) == (0, 0, None, 0)
+    assert (file.n_tokens, file.n_documents, file.row_length, file.n_samples(4)) == (0, 0, None, 0)
     assert file.samples(np.array([], dtype=np.int64), 4).shape == (0, 5)
 
 

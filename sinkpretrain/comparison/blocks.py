@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from matplotlib.figure import Figure
 
-from sinkpretrain.comparison.numbers import Record, percent
+from sinkpretrain.comparison.numbers import Record
+from sinkpretrain.statistics import change
 
 GIB = 2**30
 
@@ -76,12 +77,7 @@ def interval(low: float | None, high: float | None) -> str:
     """A difference in nats as an interval of perplexity, blank without one."""
     if low is None or high is None:
         return ""
-    return f"{change(percent(low))} to {change(percent(high))} %"
-
-
-def change(value: float) -> str:
-    """A change in per cent, signed."""
-    return f"{value:+.2f}" if abs(value) < 1000 else f"{value:+,.0f}" if abs(value) < 1e7 else f"{value:+.0e}"
+    return f"{change(low)} to {change(high)} %"
 
 
 def share(value: float | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -234,11 +233,6 @@ def difference(a: Group, setting: str, b: Group, reference: str) -> Record:
         "seed_low": seeds[0] if seeds else None,
         "seed_high": seeds[1] if seeds else None,
     }
-
-
-def percent(nats: float) -> float:
-    """A difference of mean losses as a change of perplexity."""
-    return 100 * math.expm1(min(nats, 50.0))
 
 
 # --- training, speed ----------------------------------------------------------------------------------------------

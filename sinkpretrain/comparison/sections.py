@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from sinkpretrain.comparison.blocks import (
     Section,
     Table,
     cell,
-    change,
     formatted,
     heading,
     interval,
@@ -26,6 +25,7 @@ from sinkpretrain.comparison.blocks import (
 from sinkpretrain.comparison.numbers import Group, Record
 from sinkpretrain.comparison.read import About, Found, Result, Run, setting_order
 from sinkpretrain.measures import last_mass
+from sinkpretrain.statistics import change
 
 
 def sections(found: Found, groups: list[Group], settings: list[str], with_paper: bool) -> list[Section]:
@@ -197,7 +197,7 @@ def difference_table(records: list[Record]) -> Table:
                 heading(r["setting"]),
                 heading(r["reference"]) if same else f"{r['against']} {heading(r['reference'])}",
                 f"{r['nats']:+.4f}",
-                change(numbers.percent(r["nats"])) + " %",
+                change(r["nats"]) + " %",
                 interval(r["low"], r["high"]),
                 *([interval(r["seed_low"], r["seed_high"])] if seeds else []),
             ]
@@ -429,5 +429,4 @@ def provenance(found: Found) -> Table:
 
 def all_settings(results: Sequence[Result]) -> list[str]:
     """Every setting that occurs, in order."""
-    key: Callable[[str], Any] = setting_order
-    return sorted({s for r in results for s in r.settings}, key=key)
+    return sorted({s for r in results for s in r.settings}, key=setting_order)
