@@ -168,10 +168,13 @@ class Setting:
                 fused=self.fused,
                 precision=device_precision(),
             ),
-            log=LogConfig(
-                every=FLUSH, validate_every=0, probe_every=0, checkpoint_every=0, weights_every=0, progress=False
-            ),
+            log=only_losses(FLUSH),
         )
+
+
+def only_losses(every: int) -> LogConfig:
+    """A record of every so many steps, and nothing else."""
+    return LogConfig(every, validate_every=0, probe_every=0, checkpoint_every=0, weights_every=0, progress=False)
 
 
 def ours(config: RunConfig) -> dict[str, Any]:
@@ -180,11 +183,7 @@ def ours(config: RunConfig) -> dict[str, Any]:
     started = time.perf_counter()
     with watching() as (flushes, waits):
         train(config)
-    lines = [line for line in metrics.read(Path(config.out)) if "tokens_per_second" in line]
-    # Steps 1, 2, 4, 8 ... keep weights and so flush early: leave out what is shorter than the others.
-    full = [b for a, b in itertools.pairwise(lines) if b["step"] - a["step"] == FLUSH]
-    kept = (full or lines)[len(full) // 3 :]
-    rates = [line["tokens_per_second"] for line in kept]
+    rates = steady_rates(config, config.training.steps)
     tokens = config.data.batch_size * config.model.context
     seconds = tokens / statistics.median(rates)
     waited = sum(waits[len(waits) // 3 :]) / max(1, len(waits) - len(waits) // 3)
@@ -197,6 +196,15 @@ def ours(config: RunConfig) -> dict[str, Any]:
         waiting_for_data=waited / seconds,
         spread=max(rates) / min(rates) - 1,
     )
+
+
+def steady_rates(config: RunConfig, last_step: int) -> list[float]:
+    """Tokens per second of a run's flushes up to a step, without the first third of them."""
+    lines = [line for line in metrics.read(Path(config.out)) if "tokens_per_second" in line]
+    # Steps 1, 2, 4, 8 ... keep weights and so flush early: leave out what is shorter than the others.
+    full = [b for a, b in itertools.pairwise(lines) if b["step"] - a["step"] == config.log.every]
+    full = [line for line in full if line["step"] <= last_step]
+    return [line["tokens_per_second"] for line in (full or lines)[len(full) // 3 :]]
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sinkpretrain import metrics
-from sinkpretrain.bench import device_precision
-from sinkpretrain.config import LogConfig, RunConfig, load_yaml, recipe_path, sink_recipe
+from sinkpretrain.bench import device_precision, only_losses
+from sinkpretrain.config import RunConfig, load_yaml, recipe_path, sink_recipe
 from sinkpretrain.data import open_data
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import write_json
@@ -73,9 +73,7 @@ def bench_curves(
         ),
         data=dataclasses.replace(base.data, path=data, batch_size=micro_batch),
         training=dataclasses.replace(base.training, steps=steps, devices=1, precision=device_precision()),
-        log=LogConfig(
-            every=WINDOW, validate_every=0, probe_every=0, checkpoint_every=0, weights_every=0, progress=False
-        ),
+        log=only_losses(WINDOW),
     )
     report = provenance(device()) | compare_paths(base, tolerance)
     write_json(Path(out), report)

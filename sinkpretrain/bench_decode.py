@@ -7,10 +7,9 @@ weights are random: what they are does not change the time.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from sinkpretrain.comparison.paper import FIGURE_10, FIGURE_10_CITATION
 from sinkpretrain.config import ModelConfig
 from sinkpretrain.decode import Engine, Outbox, Replayed, TokenStream
 from sinkpretrain.decoder import Decoder, Rotary, Spec
-from sinkpretrain.device import choose_device, peak_memory
+from sinkpretrain.device import choose_device, choose_dtype, peak_memory
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import write_json
 from sinkpretrain.language import LanguageModel
@@ -31,7 +30,7 @@ from sinkpretrain.model import GPTNeoX
 from sinkpretrain.provenance import provenance
 from sinkpretrain.sampling import Sampler, Sampling
 from sinkpretrain.streaming import stream_nll
-from sinkpretrain.timing import matmul_rate
+from sinkpretrain.timing import free_memory, matmul_rate
 
 START = 4
 """Initial positions in every cache, as in the paper's figure."""
@@ -98,10 +97,8 @@ def bench_decode(
         UserError: an unknown model or a cache too small.
     """
     where = choose_device(device)
-    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
-        dtype, torch.bfloat16 if where.type == "cuda" else torch.float32
-    )
-    names, lengths = _names(models), _lengths(caches)
+    kind = choose_dtype(dtype, where)
+    names, lengths = known_names(models, SHAPES, "model"), _lengths(caches)
     plan = [job for job in jobs(names, lengths, compile, drawings) if recompute or job.strategy != "recompute"]
     started = time.monotonic()
     report: dict[str, Any] = {
@@ -126,7 +123,7 @@ def bench_decode(
                 continue
             if held is None or held[0] != job.model:
                 held = None
-                _clean(where)
+                free_memory()
                 held = (job.model, build(job.model, where, kind))
             try:
                 report["figures"].append(_show(measure(job, held[1], seconds, profile), ceiling))
@@ -163,11 +160,12 @@ def jobs(models: list[str], lengths: list[int], compiled: bool, drawings: bool) 
     return plan
 
 
-def _names(text: str) -> list[str]:
+def known_names(text: str, known: Collection[str], what: str) -> list[str]:
+    """Names separated by commas; raises UserError if there are none, or one is not known."""
     names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in SHAPES]
-    if unknown or not names:
-        raise UserError(f"unknown model {unknown[0] if unknown else ''!r}; known: {', '.join(SHAPES)}.")
+    unknown = [name for name in names or [""] if name not in known]
+    if unknown:
+        raise UserError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}.")
     return names
 
 
@@ -259,7 +257,7 @@ class Recomputing:
 def measure(job: Job, model: LanguageModel, seconds: float, profile: bool = False) -> dict[str, Any]:
     """One job's figure: tokens are taken as ``generate`` takes them, one by one on the host."""
     device = model.embed.weight.device
-    _clean(device)
+    free_memory()
     began = time.perf_counter()
     sampling = DRAWINGS[job.drawing]
     forbidden = torch.arange(model.config.vocab_size, device=device) >= model.config.tokenizer_size
@@ -272,7 +270,7 @@ def measure(job: Job, model: LanguageModel, seconds: float, profile: bool = Fals
     else:
         engine = Engine(model, Cache(START, job.length - START), tracks_ids=sampler.reads_cached)
         engine.read(ids.tolist())
-        _clean(device)  # the peak is that of the tokens to come
+        free_memory()  # the peak is that of the tokens to come
         if job.strategy == "streaming, compiled":
             engine.compile()
         tokens, cache_bytes = TokenStream(engine, sampler), engine.rings.memory_bytes()
@@ -339,13 +337,6 @@ def check(device: torch.device) -> float:
     difference = float((got - want).abs().max())
     assert difference < 1e-3, f"the engine differs from the evaluator by {difference} nats"
     return difference
-
-
-def _clean(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 # --- showing ------------------------------------------------------------------------------------------------------

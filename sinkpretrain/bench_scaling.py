@@ -22,8 +22,7 @@ from typing import Any, Literal
 
 import torch
 
-from sinkpretrain import metrics
-from sinkpretrain.bench import Setting, flops_per_token
+from sinkpretrain.bench import Setting, flops_per_token, steady_rates
 from sinkpretrain.bench_rank import PROFILED_STEPS
 from sinkpretrain.config import RunConfig, save_yaml
 from sinkpretrain.device import gpu_names
@@ -243,11 +242,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def figure(job: Job) -> dict[str, Any]:
     """What a finished job's record and its processes say."""
-    lines = [x for x in metrics.read(Path(job.config.out)) if "tokens_per_second" in x]
-    every = job.config.log.every
-    full = [b for a, b in itertools.pairwise(lines) if b["step"] - a["step"] == every]
-    full = [x for x in full if x["step"] <= job.config.training.steps - PROFILED_STEPS]
-    rates = [x["tokens_per_second"] for x in full[len(full) // 3 :]]
+    rates = steady_rates(job.config, job.config.training.steps - PROFILED_STEPS)
     tokens = job.config.data.batch_size * job.config.model.context
     rate = statistics.median(rates)
     ranks = [read_json(p) for p in sorted(job.folder.glob("rank-*.json"))]

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from sinkpretrain import sinks
 from sinkpretrain.attention import grouped_attention, rotate
 from sinkpretrain.band import FOLD, KERNELS, Kernel, masked
-from sinkpretrain.bench_decode import SHAPES, build
+from sinkpretrain.bench_decode import SHAPES, build, known_names
 from sinkpretrain.cache import Cache
-from sinkpretrain.device import choose_device, peak_memory
+from sinkpretrain.device import choose_device, choose_dtype, peak_memory
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import write_json
 from sinkpretrain.language import LanguageModel
@@ -76,9 +76,9 @@ def bench_stream(
     """
     where = choose_device(device)
     gpu = where.type == "cuda"
-    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype, torch.bfloat16 if gpu else torch.float32)
-    names = _known(models, SHAPES, "model")
-    competing = _known(kernels or ("flash,flex" if gpu else "folded"), KERNELS, "kernel")
+    kind = choose_dtype(dtype, where)
+    names = known_names(models, SHAPES, "model")
+    competing = known_names(kernels or ("flash,flex" if gpu else "folded"), KERNELS, "kernel")
     sizes = _sizes(blocks or ("16384,32768,8192" if gpu else "1024,2048"))
     kept = Cache.parse(cache)
     if loop < 1 or 0 < tokens < kept.size + loop + 2:
@@ -344,11 +344,3 @@ def _sizes(text: str) -> list[int]:
     if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise UserError(f"--blocks {text!r} must be numbers of tokens, for example 1024,2048.")
     return [int(part) for part in parts]
-
-
-def _known(text: str, known: Any, what: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise UserError(f"unknown {what} {unknown[0] if unknown else ''!r}; known: {', '.join(known)}.")
-    return names

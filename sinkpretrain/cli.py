@@ -22,29 +22,27 @@ from sinkpretrain.signals import PROCESS
 class Command:
     """Where a command lives and what it does in one line."""
 
-    module: str
     function: str
     summary: str
+    module: str = "sinkpretrain.commands"
     takes_signals: bool = False
 
 
 COMMANDS = {
-    "prepare": Command("sinkpretrain.commands", "prepare", "text in, packed tokens out"),
-    "train": Command("sinkpretrain.commands", "train", "train a model, or go on training it", True),
-    "stream": Command("sinkpretrain.commands", "stream", "streaming perplexity of a model over a long text"),
-    "inspect": Command("sinkpretrain.commands", "inspect", "sink measures, attention maps, and when sinks emerged"),
-    "zero-shot": Command("sinkpretrain.commands", "zero_shot", "accuracy on tasks of lm-evaluation-harness"),
-    "compare": Command(
-        "sinkpretrain.commands", "compare", "one page from results and runs: Table 3, differences, figures"
-    ),
-    "generate": Command("sinkpretrain.commands", "generate", "text without end at constant memory, or a conversation"),
-    "export": Command("sinkpretrain.commands", "export", "a Hugging Face folder from a run"),
-    "list": Command("sinkpretrain.commands", "list_mechanisms", "the sink mechanisms and what each of them needs"),
-    "bench": Command("sinkpretrain.commands", "bench", "how fast training, streaming and decoding are on this machine"),
-    "doctor": Command("sinkpretrain.commands", "doctor", "is everything there that a training job needs?"),
-    "submit": Command("sinkpretrain.commands", "submit", "a whole experiment, on a Slurm cluster or on this machine"),
-    "supervise": Command("sinkpretrain.supervise", "supervise", "what the job scripts start srun through"),
-    "demo": Command("sinkpretrain.commands", "demo", "the whole path in a few minutes, without a network"),
+    "prepare": Command("prepare", "text in, packed tokens out"),
+    "train": Command("train", "train a model, or go on training it", takes_signals=True),
+    "stream": Command("stream", "streaming perplexity of a model over a long text"),
+    "inspect": Command("inspect", "sink measures, attention maps, and when sinks emerged"),
+    "zero-shot": Command("zero_shot", "accuracy on tasks of lm-evaluation-harness"),
+    "compare": Command("compare", "one page from results and runs: Table 3, differences, figures"),
+    "generate": Command("generate", "text without end at constant memory, or a conversation"),
+    "export": Command("export", "a Hugging Face folder from a run"),
+    "list": Command("list_mechanisms", "the sink mechanisms and what each of them needs"),
+    "bench": Command("bench", "how fast training, streaming and decoding are on this machine"),
+    "doctor": Command("doctor", "is everything there that a training job needs?"),
+    "submit": Command("submit", "a whole experiment, on a Slurm cluster or on this machine"),
+    "supervise": Command("supervise", "what the job scripts start srun through", "sinkpretrain.supervise"),
+    "demo": Command("demo", "the whole path in a few minutes, without a network"),
 }
 
 

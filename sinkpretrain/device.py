@@ -25,6 +25,12 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of this name; ``auto`` is bfloat16 on a GPU and float32 elsewhere."""
+    dtype: torch.dtype = getattr(torch, name if name != "auto" else "bfloat16" if device.type == "cuda" else "float32")
+    return dtype
+
+
 def gpu_names(count: int) -> list[str]:
     """What ``CUDA_VISIBLE_DEVICES`` calls the GPUs that this process sees, of which there are ``count``."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

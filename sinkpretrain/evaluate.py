@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from sinkpretrain.cache import Positions
-from sinkpretrain.device import choose_device, device_memory, peak_memory
+from sinkpretrain.device import choose_device, choose_dtype, device_memory, peak_memory
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import read_json, write_atomically, write_json
 from sinkpretrain.given_text import Text, check_ids, read_text
@@ -35,12 +35,6 @@ CONVENTION = (
     "positions are slots in the cache, unless the setting says absolute; one stream over all documents, unless it says "
     "documents; nll[i] scores token i + 1, in nats, and is NaN where that was not scored"
 )
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 
 
 def stream(
@@ -102,7 +96,7 @@ def stream(
     if block < 0:
         raise UserError(f"--block {block} is negative; give a number of tokens, or 0 to choose for the device.")
     where = choose_device(device)
-    loaded = load_model(model, DTYPES[dtype])
+    loaded = load_model(model, choose_dtype(dtype, where))
     given = read_text(tokens, text, split, max_tokens, loaded)
     check_ids(given.ids, loaded)
     initial = one_token(replace_initial, loaded) if replace_initial else None

@@ -67,23 +67,27 @@ PROGRESS = {False: ("optimizer step", 1.0), True: ("tokens read, millions", 1e-6
 """By whether curves are drawn against tokens: the label of the axis, and what a step or token is on it."""
 
 
-def running_perplexity(nll: NDArray[np.floating], points: int = 200) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Token positions and the perplexity of all tokens up to there, for losses [tokens]."""
-    ends = np.unique(np.geomspace(min(16, len(nll)), len(nll), points).astype(np.int64))
-    scored = np.cumsum(np.isfinite(nll))[ends - 1]
-    sums = np.nancumsum(nll, dtype=np.float64)[ends - 1]
-    return ends.astype(np.float64), np.exp(np.minimum(sums / np.maximum(scored, 1), 700.0))
+Positions = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Numbers of tokens, and what holds for all tokens up to there."""
 
 
-def running_change(
-    nll: NDArray[np.floating], base: NDArray[np.floating], points: int = 200
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Token positions, and by how many per cent the perplexity of all tokens up to there differs from another's."""
-    ends = np.unique(np.geomspace(min(256, len(nll)), len(nll), points).astype(np.int64))
-    difference = nll.astype(np.float64) - base
-    scored = np.cumsum(np.isfinite(difference))[ends - 1]
-    sums = np.nancumsum(difference)[ends - 1]
-    return ends.astype(np.float64), 100 * np.expm1(np.minimum(sums / np.maximum(scored, 1), 100.0))
+def running_perplexity(nll: NDArray[np.floating]) -> Positions:
+    """The perplexity of losses [tokens]."""
+    ends, means = _running_mean(nll, first=16)
+    return ends, np.exp(np.minimum(means, 700.0))
+
+
+def running_change(nll: NDArray[np.floating], base: NDArray[np.floating]) -> Positions:
+    """By how many per cent the perplexity differs from another's."""
+    ends, means = _running_mean(nll.astype(np.float64) - base, first=256)
+    return ends, 100 * np.expm1(np.minimum(means, 100.0))
+
+
+def _running_mean(values: NDArray[np.floating], first: int) -> Positions:
+    ends = np.unique(np.geomspace(min(first, len(values)), len(values), 200).astype(np.int64))
+    scored = np.cumsum(np.isfinite(values))[ends - 1]
+    sums = np.nancumsum(values, dtype=np.float64)[ends - 1]
+    return ends.astype(np.float64), sums / np.maximum(scored, 1)
 
 
 def series(number: int) -> dict[str, Any]:
@@ -133,21 +137,14 @@ def change_figure(models: Models, settings: list[str], bases: Mapping[str, NDArr
     figure, axes = _position_figure(
         models, settings, lambda nll, setting: running_change(nll, bases[setting]), "change so far, %"
     )
-    values = np.concatenate([line.get_ydata() for axis in axes for line in axis.lines])
-    if np.nanmax(np.abs(values)) > 50:
-        for axis in axes:
-            axis.set_yscale("symlog", linthresh=1)
-            axis.set_ylim(min(-1.0, 2 * np.nanmin(values)), 2 * np.nanmax(values))
-    for axis in axes:
-        axis.axhline(0, color=INK, linewidth=0.8)
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _signed(v)))
+    _signed_scale(axes)
     return figure
 
 
 def _position_figure(
     models: Models,
     settings: list[str],
-    curve: Callable[[NDArray[np.floating], str], tuple[NDArray[np.float64], NDArray[np.float64]]],
+    curve: Callable[[NDArray[np.floating], str], Positions],
     label: str,
 ) -> tuple[Figure, list[Axes]]:
     """Curves over token positions, a panel per cache; the figure and its panels.
@@ -259,12 +256,7 @@ def settings_figure(
     _readable_scale(axes[0])
     if reference:
         axes[1].set_ylabel("change of perplexity, %")
-        values = _drawn(axes[1])
-        if np.abs(values).max() > 50:
-            axes[1].set_yscale("symlog", linthresh=1)
-            axes[1].set_ylim(min(-1.0, 2 * values.min()), 2 * values.max())
-        axes[1].yaxis.set_major_formatter(FuncFormatter(lambda v, _: _signed(v)))
-        axes[1].axhline(0, color=INK, linewidth=0.8)
+        _signed_scale([axes[1]])
     for axis in axes:
         if logarithmic:
             axis.set_xscale("log")
@@ -310,6 +302,18 @@ def _drawn(axis: Axes) -> NDArray[np.float64]:
     """Heights of all points of all lines, at least one."""
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=np.float64) for line in axis.lines] or [np.zeros(0)])
     return values[np.isfinite(values)] if np.isfinite(values).any() else np.ones(1)
+
+
+def _signed_scale(axes: Sequence[Axes]) -> None:
+    """Around a line at 0; logarithmic where values are far from it."""
+    values = np.concatenate([_drawn(axis) for axis in axes])
+    if np.abs(values).max() > 50:
+        for axis in axes:
+            axis.set_yscale("symlog", linthresh=1)
+            axis.set_ylim(min(-1.0, 2 * values.min()), 2 * values.max())
+    for axis in axes:
+        axis.axhline(0, color=INK, linewidth=0.8)
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _signed(v)))
 
 
 def _readable_scale(axis: Axes) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from sinkpretrain.cache import Cache
 from sinkpretrain.decode import Engine, TokenStream
-from sinkpretrain.device import choose_device, peak_memory
+from sinkpretrain.device import choose_device, choose_dtype, peak_memory
 from sinkpretrain.errors import UserError
 from sinkpretrain.language import LanguageModel
 from sinkpretrain.load import LoadedModel, load_model
@@ -181,8 +181,7 @@ def generate(
     if max_tokens < 0:
         raise UserError(f"--max-tokens must be 0 (endless) or more, not {max_tokens}.")
     where = choose_device(device)
-    usual = "bfloat16" if where.type == "cuda" else "float32"
-    kind: torch.dtype = getattr(torch, usual if dtype == "auto" else dtype)
+    kind = choose_dtype(dtype, where)
     loaded = load_model(model, kind)
     codec = TextCodec(_tokenizer_name(tokenizer, loaded), loaded.model.prefix_ids)
     chosen = choose_cache(cache, loaded)

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sinkpretrain import metrics
-from sinkpretrain.device import choose_device
+from sinkpretrain.device import choose_device, choose_dtype
 from sinkpretrain.errors import UserError
-from sinkpretrain.evaluate import DTYPES
 from sinkpretrain.figures import save_figure
 from sinkpretrain.files import write_json
 from sinkpretrain.given_text import check_ids, read_text
@@ -163,7 +162,7 @@ def inspect_loaded(
     dtype: str,
 ) -> dict[str, Any]:
     """Everything measured about one model, as plain data; the model goes to its device and stays there."""
-    net = loaded.model.to(where, DTYPES[dtype])
+    net = loaded.model.to(where, choose_dtype(dtype, where))
     short = sequences(net, ids, sizes["samples"], sizes["length"]).to(where)
     measures = head_measures(measure(net, short))
     long = long_sequences(net, ids, sizes["long"]).to(where)

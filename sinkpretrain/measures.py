@@ -6,7 +6,7 @@ Letters of the axes: L layers, B sequences, H heads, T queries, S keys, C width 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,7 +158,7 @@ def _measure_batch(model: LanguageModel, ids_BT: Tensor) -> dict[str, Tensor]:
     }
 
 
-def rates(m: Measures, thresholds: Sequence[float] = THRESHOLDS) -> dict[str, dict[str, float]]:
+def rates(m: Measures) -> dict[str, dict[str, float]]:
     """Sink_k at each threshold: of position 0, of the first text token if there is a prefix, of the column if any; of
     all sink tokens together if there are several."""
     of = {"sink_rates": m.first}
@@ -168,7 +168,7 @@ def rates(m: Measures, thresholds: Sequence[float] = THRESHOLDS) -> dict[str, di
         of["prefix_rates"] = m.prefix
     if m.column.any():
         of["column_rates"] = m.column
-    return {name: {f"{t:g}": round(sink_rate(a, t), 5) for t in thresholds} for name, a in of.items()}
+    return {name: {f"{t:g}": round(sink_rate(a, t), 5) for t in THRESHOLDS} for name, a in of.items()}
 
 
 def residual_stream(m: Measures) -> dict[str, list[float]]:

@@ -22,16 +22,21 @@ def device() -> torch.device:
 def start_clean() -> None:
     """Forget compiled code, free memory and reset its peak, so that one measurement does not bear on the next."""
     torch._dynamo.reset()
+    free_memory()
+
+
+def free_memory() -> None:
+    """What nobody holds any more; the peak is counted from here on."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
-def matmul_rate(size: int = 8192) -> float:
+def matmul_rate() -> float:
     """Floating-point operations per second of a large bf16 product (fp32 and smaller on a CPU), on random data."""
     cuda = torch.cuda.is_available()
-    n, dtype = (size, torch.bfloat16) if cuda else (2048, torch.float32)
+    n, dtype = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
     a, b = (torch.randn(n, n, device=device(), dtype=dtype) for _ in range(2))
     times = []
     for _ in range(12):

@@ -15,9 +15,8 @@ from unittest import mock
 import torch
 import yaml
 
-from sinkpretrain.device import choose_device
+from sinkpretrain.device import choose_device, choose_dtype
 from sinkpretrain.errors import UserError
-from sinkpretrain.evaluate import DTYPES
 from sinkpretrain.files import read_json, sha256_file, write_json
 from sinkpretrain.load import METADATA_KEY, LoadedModel, load_model
 from sinkpretrain.model import GPTNeoX
@@ -166,7 +165,7 @@ def _harness_model(model: str, loaded: LoadedModel | None, device: torch.device,
     from sinkpretrain.harness import SinkLM
     from sinkpretrain.texts import TextCodec
 
-    net = loaded.model.to(device, DTYPES[options["dtype"]])
+    net = loaded.model.to(device, choose_dtype(options["dtype"], device))
     codec = TextCodec(str(loaded.tokenizer), net.prefix_ids)
     return SinkLM(net, codec, options["batch_size"], options["advance"])
 
