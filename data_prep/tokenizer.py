@@ -48,13 +48,17 @@ class TokenizerFile:
         """Number of ids, added tokens included."""
         return 1 + max(int(id_) for id_ in self.load().get_vocab(with_added_tokens=True).values())
 
-    def load(self) -> Any:
-        """A `tokenizers.Tokenizer`, without truncation and padding."""
+    def load(self, reads_special: bool = False) -> Any:
+        """A `tokenizers.Tokenizer`, without truncation and padding.
+
+        Args:
+            reads_special: whether "<|endoftext|>" in a text is that token. In text that is prepared it is text: it
+                must not forge a document boundary.
+        """
         tokenizer = Tokenizer.from_str(self.content.decode("utf-8"))
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        # Text that quotes "<|endoftext|>" is text: it must not forge a document boundary.
-        tokenizer.encode_special_tokens = True
+        tokenizer.encode_special_tokens = not reads_special
         return tokenizer
 
     def eod_id(self, eod_token: str | None = None) -> int:

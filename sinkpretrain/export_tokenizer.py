@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from data_prep.tokenizer import load_tokenizer
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import write_json
 from sinkpretrain.load import LoadedModel
@@ -73,7 +74,7 @@ def prepending_tokenizer(loaded: LoadedModel) -> Any:
 
     assert loaded.tokenizer is not None
     config, prefix = loaded.model.config, list(loaded.model.prefix_ids)
-    tokenizer = read_tokenizer(loaded.tokenizer)
+    tokenizer = load_tokenizer(str(loaded.tokenizer)).load(reads_special=True)
     size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     if size > config.vocab_size:
         raise UserError(
@@ -97,19 +98,6 @@ def prepending_tokenizer(loaded: LoadedModel) -> Any:
     kept = [raw["post_processor"]] if raw["post_processor"] and bare else []
     raw["post_processor"] = {"type": "Sequence", "processors": [*kept, _template(tokens, prefix)]}
     return Tokenizer.from_str(json.dumps(raw))
-
-
-def read_tokenizer(path: Path) -> Any:
-    """A tokenizer.json, without the truncation or padding that some files carry."""
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:
-        raise UserError(f"cannot read the tokenizer {path}: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _template(tokens: list[str], ids: list[int]) -> dict[str, Any]:
@@ -136,7 +124,7 @@ def verify_tokenizer(folder: Path, loaded: LoadedModel, training: Path) -> Tenso
     """Check the reloaded tokenizer on ``TEXTS``; returns the ids [1, T] of the first, prefix included."""
     from transformers import AutoTokenizer
 
-    original = read_tokenizer(training)
+    original = load_tokenizer(str(training)).load(reads_special=True)
     reloaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     prefix = list(loaded.model.prefix_ids)
     for text in TEXTS:

@@ -7,7 +7,6 @@ cannot fall out of line with a resumed run's number of processes.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import signal
 import time
@@ -44,7 +43,7 @@ from sinkpretrain.ranks import Ranks, says_lost
 from sinkpretrain.sharding import ShardedStrategy, whole, whole_state
 from sinkpretrain.signals import StopRequest
 from sinkpretrain.slurm import TimeLeft
-from sinkpretrain.trunk import FusedTrunk
+from sinkpretrain.trunk import FusedTrunk, maybe_compiled
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -122,10 +121,7 @@ class PretrainModule(L.LightningModule):
             if isinstance(module, MLP):
                 module.fused = self._fused
         # Compiling functions instead of wrapping the module keeps the names of the weights.
-        # A graph break would cost a third of the speed in silence: fullgraph makes it an error.
-        self._maybe_compiled = (
-            functools.partial(torch.compile, fullgraph=True) if config.training.compile else (lambda f: f)
-        )
+        self._maybe_compiled = partial(maybe_compiled, compiled=config.training.compile)
         self._hidden: Callable[..., Tensor] = (
             FusedTrunk(self.model, config.training.compile) if self._fused else self._maybe_compiled(self.model.hidden)
         )

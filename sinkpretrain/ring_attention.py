@@ -62,7 +62,7 @@ class RingAttention:
 
     @property
     def places(self) -> Places:
-        """Made when they are asked for: the kernels for one token do without."""
+        """Made when they are asked for: the kernels for one token do without. (A cached_property does not compile.)"""
         if self._places is None:
             self._places = Places(self.rings.layout, self.rings.positions(self.length))
         return self._places

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from data_prep.tokenizer import load_tokenizer
@@ -30,9 +29,7 @@ class TextCodec:
 
     def __init__(self, name: str, prefix_ids: Sequence[int] = ()) -> None:
         file = load_tokenizer(name)
-        self.tokenizer: Any = Tokenizer.from_str(file.content.decode("utf-8"))
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
+        self.tokenizer = file.load(reads_special=True)
         self.size = file.size()
         self.folder = Path(name) if Path(name).is_dir() else Path(name).parent
         self._prefix = list(prefix_ids)

@@ -20,6 +20,11 @@ from sinkpretrain import ops
 from sinkpretrain.model import Block, Causal, GPTNeoX
 
 
+def maybe_compiled(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
+    """Through torch.compile or not; a graph break, which would cost a third of the speed in silence, is an error."""
+    return torch.compile(function, fullgraph=True) if compiled else function
+
+
 class Open(NamedTuple):
     """What lies between two blocks, the sum not yet taken: [N, C] each, the last two without their biases."""
 
@@ -40,13 +45,9 @@ class FusedTrunk:
     """
 
     def __init__(self, model: GPTNeoX, compiled: bool) -> None:
-        def maybe(function: Callable[..., Any]) -> Callable[..., Any]:
-            # A graph break would cost a third of the speed in silence: fullgraph makes it an error.
-            return torch.compile(function, fullgraph=True) if compiled else function
-
         self._model = model
-        self._plain = maybe(model.hidden)
-        self._first, self._next, self._last = maybe(_first), maybe(_next), maybe(_last)
+        self._plain = maybe_compiled(model.hidden, compiled)
+        self._first, self._next, self._last = (maybe_compiled(f, compiled) for f in (_first, _next, _last))
 
     def __call__(self, ids_BT: Tensor, attend: Causal) -> Tensor:
         model = self._model
