@@ -81,12 +81,6 @@ class LoadedModel:
         }
 
 
-def save_weights(model: GPTNeoX, path: Path, step: int, name: str = "", dtype: torch.dtype | None = None) -> None:
-    """Write a model as one safetensors file that says itself what it is; atomic; raises UserError on a full disk."""
-    state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in model.state_dict().items()}
-    write_weights(state, describe(model, step, name), path)
-
-
 def describe(model: GPTNeoX, step: int, name: str) -> dict[str, Any]:
     """What a file says about the weights in it."""
     return {

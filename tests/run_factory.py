@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from conftest import peaked
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from sinkpretrain.config import ModelConfig, SinkConfig
-from sinkpretrain.load import save_weights
+from sinkpretrain.load import describe, write_weights
 from sinkpretrain.model import GPTNeoX
 
 SIZE = 300
@@ -31,6 +32,12 @@ def make_tokenizer(file: Path) -> Path:
     assert tokenizer.get_vocab_size() == SIZE
     tokenizer.save(str(file))
     return file
+
+
+def save_weights(model: GPTNeoX, path: Path, step: int, name: str = "", dtype: torch.dtype | None = None) -> None:
+    """A model as one safetensors file, as training writes it."""
+    state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in model.state_dict().items()}
+    write_weights(state, describe(model, step, name), path)
 
 
 def make_run(

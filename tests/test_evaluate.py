@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import MECHANISMS, TINY, peaked
 from data_factory import make_data
 from matplotlib.image import imread
+from run_factory import save_weights
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sinkpretrain.cache import Cache
@@ -20,7 +21,7 @@ from sinkpretrain.cli import main
 from sinkpretrain.config import RunConfig, SinkConfig, save_yaml
 from sinkpretrain.errors import UserError
 from sinkpretrain.evaluate import one_token, perplexity, stream, table
-from sinkpretrain.load import load_model, save_weights
+from sinkpretrain.load import load_model
 from sinkpretrain.model import GPTNeoX
 from sinkpretrain.setting import Setting, Wanted, settings_for
 from sinkpretrain.streaming import dense_nll, documents, recompute_nll, stream_nll, token_loop_nll

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_factory import save_weights
 
 from data_prep.tokenizer import train_tokenizer
 from sinkpretrain.cache import Cache
@@ -20,7 +21,7 @@ from sinkpretrain.config import ModelConfig, RunConfig, SinkConfig, save_yaml
 from sinkpretrain.decode import Engine, TokenStream
 from sinkpretrain.errors import UserError
 from sinkpretrain.generate import Interrupt, Session, forbidden
-from sinkpretrain.load import load_model, save_weights
+from sinkpretrain.load import load_model
 from sinkpretrain.model import GPTNeoX
 from sinkpretrain.sampling import Sampler, Sampling
 from sinkpretrain.texts import MOST_PENDING, StopStrings, TextCodec, chat_turns

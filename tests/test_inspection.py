@@ -12,6 +12,7 @@ import torch
 from conftest import TINY, peaked
 from family_factory import build, save
 from matplotlib.image import imread
+from run_factory import save_weights
 
 from sinkpretrain import metrics
 from sinkpretrain.cli import main
@@ -19,7 +20,6 @@ from sinkpretrain.compare import compare
 from sinkpretrain.config import RunConfig, SinkConfig, save_yaml
 from sinkpretrain.errors import UserError
 from sinkpretrain.inspection import inspect_model, onset, sequences
-from sinkpretrain.load import save_weights
 from sinkpretrain.measures import last_query, measure, sink_rate, uniform_floor
 from sinkpretrain.model import GPTNeoX
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, peaked
+from run_factory import save_weights
 from safetensors.torch import save_file
 
 from sinkpretrain import hf
 from sinkpretrain.config import SinkConfig, to_dict
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import sha256_file
-from sinkpretrain.load import METADATA_KEY, load_model, newest_weights, save_weights
+from sinkpretrain.load import METADATA_KEY, load_model, newest_weights
 from sinkpretrain.model import GPTNeoX
 
 
