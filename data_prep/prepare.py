@@ -12,6 +12,7 @@ import fcntl
 import json
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import Any
 
 from data_prep.batches import group, read_parts
 from data_prep.pool import available_cores, encode_batches
-from data_prep.progress import Progress
 from data_prep.shards import SPLITS, TRAIN, VALIDATION, Shard, ShardRecord, complete_shards, merge
 from data_prep.sources import HubOptions, Source, Unit, resolve
 from data_prep.tokenizer import (
@@ -31,6 +31,7 @@ from data_prep.tokenizer import (
 )
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import write_bytes
+from sinkpretrain.progress import ProgressBar
 from sinkpretrain.tokens import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
@@ -146,8 +147,7 @@ def _write(
 ) -> Manifest:
     """Encode what is missing, merge, and put the result in place."""
     eod_id = tokenizer.eod_id(config.eod_token)
-    with Progress(sum(unit.n_bytes for _, source in sources for unit in source.units)) as progress:
-        _encode(config, sources, tokenizer, eod_id, shards, progress)
+    speed = _encode(config, sources, tokenizer, eod_id, shards)
     fallback = 0.0 if config.validation_source else config.validation_fraction
     merged, splits = merge(shards, tokenizer.size(), eod_id, fallback)
     manifest = Manifest(
@@ -157,7 +157,7 @@ def _write(
         source=[{"role": role, **source.description} for role, source in sources],
         splits=splits,
         settings=settings,
-        tokens_per_second=progress.tokens_per_second,
+        tokens_per_second=speed,
     )
     _publish(manifest, merged, config.out, tokenizer)
     return manifest
@@ -308,13 +308,13 @@ def _encode(
     tokenizer: TokenizerFile,
     eod_id: int,
     shards: Path,
-    progress: Progress,
-) -> None:
-    """Encode everything behind the last complete shard into further shards."""
+) -> float | None:
+    """Encode everything behind the last complete shard into further shards; tokens per second, if there was any."""
+    started, tokens, speed = time.monotonic(), 0, None
     records = complete_shards(shards)
     record = records[-1] if records else ShardRecord()
     if record.finished:
-        return
+        return None
     if records:
         print(f"continuing behind {record.train_documents:,} documents", file=sys.stderr)
     units = [(role, unit) for role, source in sources for unit in source.units]
@@ -327,17 +327,22 @@ def _encode(
     with (
         contextlib.closing(encode_batches(batches, tokenizer, eod_id, config.seed, workers)) as results,
         contextlib.ExitStack() as undo,
+        ProgressBar("reading", sum(unit.n_bytes for _, unit in units) // 1000, "kB") as bar,
     ):
         undo.callback(lambda: shard.abort())
         for batch, encoded in results:
             shard.add(batch, encoded)
-            progress.update(shard.record.train_documents, len(encoded.ids), batch[-1].bytes_read)
+            tokens += len(encoded.ids)
+            speed = tokens / (time.monotonic() - started)
+            done = f"{shard.record.train_documents:,} documents  {tokens:,} tokens  {speed:,.0f} tokens/s"
+            bar.update(batch[-1].bytes_read // 1000, done)
             if batch[-1].is_last and shard.n_tokens >= config.shard_tokens:
                 shard.commit()
                 shard = shard.following()
         shard.record = replace(shard.record, finished=True)
         shard.commit()
         undo.pop_all()
+    return speed
 
 
 def _publish(manifest: Manifest, merged: Path, out: Path, tokenizer: TokenizerFile) -> None:

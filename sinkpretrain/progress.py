@@ -13,7 +13,7 @@ PLAIN_SECONDS = 10.0
 
 
 class ProgressBar:
-    """Counts up to ``total``; ``update`` shows where it stands and a short note such as the loss.
+    """Counts up to ``total`` (0: not known yet); ``update`` shows where it stands and a short note such as the loss.
 
     Written to stderr, so that a command's result can be piped.
     """
@@ -28,13 +28,13 @@ class ProgressBar:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
-                TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+                TextColumn("{task.fields[count]}"),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task(title, total=total, unit=unit, note="")
+            self._task = self._bar.add_task(title, total=total or None, count=self._count(), note="")
 
     def __enter__(self) -> ProgressBar:
         if self._bar is not None:
@@ -50,9 +50,12 @@ class ProgressBar:
     def update(self, done: int, note: str = "") -> None:
         self.done, self.note = done, note or self.note
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, note=self.note)
+            self._bar.update(self._task, total=self.total or None, completed=done, count=self._count(), note=self.note)
         else:
             self._line()
+
+    def _count(self) -> str:
+        return f"{self.done:,}{f'/{self.total:,}' if self.total else ''} {self.unit}"
 
     def _line(self, final: bool = False) -> None:
         now = time.monotonic()
@@ -60,5 +63,5 @@ class ProgressBar:
             return
         self._printed = now
         seconds = now - self._started
-        text = f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {seconds:.0f} s {self.note}"
+        text = f"{self.title}: {self._count()}, {seconds:.0f} s {self.note}"
         print(text.rstrip(), file=sys.stderr, flush=True)
