@@ -149,12 +149,12 @@ class Samples:
     def batch(self, indices: Indices) -> Batch:
         """The samples at these file indices; raises UserError for an id that the vocabulary does not have."""
         rows = self.file.samples(indices, self.model.context)
-        worst = int(rows.max(initial=0))
-        if worst >= self.model.tokenizer_size:
+        lowest, highest, known = int(rows.min(initial=0)), int(rows.max(initial=0)), self.model.tokenizer_size
+        if lowest < 0 or highest >= known:  # files of other makers may have signed types
             raise UserError(
-                f"{self.file.prefix} holds the token id {worst}, but the model's text vocabulary ends at "
-                f"{self.model.tokenizer_size - 1}; prepare the data with the tokenizer that model.tokenizer_size "
-                "speaks of."
+                f"{self.file.prefix} holds the token id {lowest if lowest < 0 else highest}, but the model's text "
+                f"vocabulary is 0 .. {known - 1}; prepare the data with the tokenizer that model.tokenizer_size speaks "
+                "of."
             )
         return to_batch(rows, self.prefix)
 

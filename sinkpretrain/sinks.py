@@ -193,8 +193,9 @@ class KeyBias(Mechanism):
         return self.key.float(), torch.zeros_like(self.key, dtype=torch.float32)
 
     def column(self, q_BHTD: Tensor, seen: Tensor) -> Column | None:
-        scale = q_BHTD.shape[-1] ** -0.5
-        return Column(torch.einsum("bhtd,hd->bht", q_BHTD.float(), self.key.float()) * scale)
+        # Not a matrix product: autocast would round that to 16 bits, which the kernels' own logits are not.
+        products = q_BHTD.float() * self.key.float()[:, None]
+        return Column(products.sum(-1) * q_BHTD.shape[-1] ** -0.5)
 
 
 @register

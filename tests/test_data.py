@@ -133,6 +133,10 @@ def test_bad_data_is_refused(tmp_path: Path) -> None:
         writer.add_document(np.arange(100, 180))
     with pytest.raises(UserError, match="token id 164"):
         Samples(TokenFile.open(tmp_path / "wide"), MODEL, ()).batch(np.array([0]))
+    file = TokenFile.open(tmp_path / "wide")
+    signed = TokenFile(file.prefix, file.tokens.astype(np.int16) - 101, file.sizes, file.pointers, file.doc_idx)
+    with pytest.raises(UserError, match="token id -1,"):
+        Samples(signed, MODEL, ()).batch(np.array([0]))
     with pytest.raises(UserError, match=r"data\.path is not set"):
         open_data(DataConfig())
 

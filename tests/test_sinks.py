@@ -259,6 +259,20 @@ def test_weights_and_mass_sum_to_one(mechanism: SinkConfig) -> None:
         assert weights.max() <= 1
 
 
+@pytest.mark.parametrize("name", [name for name, cls in sinks.REGISTRY.items() if cls.uses("column")])
+def test_autocast_does_not_round_a_columns_logit(name: str) -> None:
+    """The kernels' own logits of 16-bit queries and keys are fp32, too."""
+    sink = sinks.build(SinkConfig(name), TINY)
+    for p in sink.parameters():
+        torch.nn.init.normal_(p)
+    q, seen = 3 * torch.randn(2, TINY.n_head, 12, TINY.head_dim).bfloat16(), torch.arange(1, 13)
+    want = sink.column(q, seen)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = sink.column(q, seen)
+    assert got.logit.dtype == torch.float32
+    assert torch.equal(got.logit, want.logit)
+
+
 def test_other_weights_start_the_same_whatever_the_mechanism(mechanism: SinkConfig) -> None:
     plain, net = GPTNeoX(TINY, seed=4).state_dict(), GPTNeoX(TINY, mechanism, seed=4).state_dict()
     assert all(torch.equal(v, net[k]) for k, v in plain.items())
