@@ -25,7 +25,8 @@ def decode_figure(report: dict[str, Any]) -> Figure:
     for column, model in enumerate(models):
         time, memory = axes[:, column]
         for colour, (strategy, label) in zip(COLOURS, STRATEGIES.items(), strict=False):
-            mine = sorted((f for f in found if (f["model"], f["strategy"]) == (model, strategy)), key=_length)
+            mine = [f for f in found if (f["model"], f["strategy"]) == (model, strategy)]
+            mine.sort(key=lambda f: f["length"])
             lengths = [f["length"] for f in mine]
             (line,) = time.plot(lengths, [f["milliseconds"] for f in mine], "o-", color=colour, markersize=4)
             lines.setdefault(f"{label}, {report['device']}", line)
@@ -49,10 +50,6 @@ def decode_figure(report: dict[str, Any]) -> Figure:
     figure.align_ylabels(axes[:, 0])
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(2, len(lines)), frameon=False)
     return figure
-
-
-def _length(figure: dict[str, Any]) -> int:
-    return int(figure["length"])
 
 
 def _milliseconds(axis: Axes) -> None:

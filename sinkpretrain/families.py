@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sinkpretrain.decoder import ACTIVATIONS, Alibi, Decoder, Learned, Rotary, Spec
 from sinkpretrain.errors import UserError
-from sinkpretrain.weights import Weights, read_config
+from sinkpretrain.weights import Weights, filled, read_config
 
 Config = Any
 """A configuration object of transformers."""
@@ -75,13 +75,10 @@ def load_decoder(folder: Path, dtype: torch.dtype | None = None) -> tuple[Decode
     state = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in collect(family, model, weights)}
     if spec.tied:
         state["head.weight"] = state["embed.weight"]
-    try:
-        model.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"the weights in {folder} do not fit their own configuration: {error}") from error
+    filled(model, state, folder)
     if spec.tied:  # assigned one by one, they would be two parameters
         model.head.weight = model.embed.weight
-    return model.eval().requires_grad_(False), weights.files
+    return model, weights.files
 
 
 def family_of(raw: Mapping[str, Any], folder: Path) -> Family:

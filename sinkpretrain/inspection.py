@@ -310,19 +310,19 @@ def onset(lines: list[dict[str, Any]]) -> dict[str, dict[str, int | None]]:
 def describe(results: dict[str, Any]) -> list[str]:
     """The main measures as lines of text."""
     m, last = results["measures"], results["last_query"]
-    rates = ", ".join(f"{100 * v:.1f} % at {k}" for k, v in m["sink_rates"].items())
+
+    def rates(name: str) -> str:
+        return ", ".join(f"{100 * v:.1f} % at {k}" for k, v in m[name].items())
+
     lines = [
         f"{results['model']['name']} ({results['model']['mechanism']}), {results['sequences']['count']} sequences of "
         f"{results['sequences']['length']}:",
-        f"  Sink_1 of position 0: {rates}",
+        f"  Sink_1 of position 0: {rates('sink_rates')}",
         f"  attention to position 0 {np.mean(m['first']):.3f}, evenly {m['floor']['first']:.3f}; "
         f"of the last query at {last['length']:,} positions {np.mean(last['first']):.3f}",
     ]
     if "text_rates" in m:
-        lines.append(
-            "  Sink of the first text token: "
-            + ", ".join(f"{100 * v:.1f} % at {k}" for k, v in m["text_rates"].items())
-        )
+        lines.append(f"  Sink of the first text token: {rates('text_rates')}")
     if "column_rates" in m:
         lines.append(
             f"  attention to the column {np.mean(m['column']):.3f}, of the last query {np.mean(last['column']):.3f}"

@@ -20,7 +20,7 @@ from sinkpretrain.families import load_decoder
 from sinkpretrain.files import sha256_file, write_atomically
 from sinkpretrain.language import LanguageModel
 from sinkpretrain.model import GPTNeoX, without_weights
-from sinkpretrain.weights import HUB_NAME, hub_folder, read_config, weight_files
+from sinkpretrain.weights import HUB_NAME, filled, hub_folder, read_config, weight_files
 
 METADATA_KEY = "sinkpretrain"
 SLOT_FILE = "seeded_slot.safetensors"
@@ -156,7 +156,7 @@ def _load_file(file: Path, run: Path, dtype: torch.dtype | None) -> LoadedModel:
     sink = from_dict(SinkConfig, about["sink"])
     tokenizer = run / "tokenizer.json"
     return LoadedModel(
-        model=_filled(config, sink, _cast(state, dtype), file),
+        model=filled(without_weights(config, sink), _cast(state, dtype), file),
         files=(file,),
         tokenizer=tokenizer if tokenizer.is_file() else None,
         tokenizer_sha256=sha256_file(tokenizer) if tokenizer.is_file() else None,
@@ -264,7 +264,7 @@ def _load_neox(folder: Path, about: dict[str, Any], dtype: torch.dtype | None) -
     if about.get("form") == "seeded":
         state |= _slot_parameters(folder / SLOT_FILE, sinks.build(sink, config), dtype)
         files = (*files, folder / SLOT_FILE)
-    return _filled(config, sink, state, folder), files
+    return filled(without_weights(config, sink), state, folder), files
 
 
 def _slot_parameters(file: Path, mechanism: sinks.Mechanism, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -289,17 +289,8 @@ def _load_own(folder: Path, raw: dict[str, Any], dtype: torch.dtype | None) -> t
         raise UserError(f"{folder / 'config.json'} does not say what model it holds; export it again.")
     config, sink = from_dict(ModelConfig, raw["model"]), from_dict(SinkConfig, raw["sink"])
     state = {k.removeprefix("model."): v for k, v in _cast(hf.load_weights(folder), dtype).items()}
-    return _filled(config, sink, state, folder), weight_files(folder)
+    return filled(without_weights(config, sink), state, folder), weight_files(folder)
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     return state if dtype is None else {k: v.to(dtype) for k, v in state.items()}
-
-
-def _filled(config: ModelConfig, sink: SinkConfig, state: dict[str, Tensor], source: Path) -> GPTNeoX:
-    model = without_weights(config, sink)
-    try:
-        model.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"the weights in {source} do not fit their own configuration: {error}") from error
-    return model.eval().requires_grad_(False)

@@ -53,23 +53,18 @@ def claim(run: Path, config: RunConfig, tokens: Tokens, allow_changes: bool = Fa
     Raises:
         UserError: it belongs to another one (the fields are named), is in use, or cannot be written.
     """
-    about = _belongs(run, config, tokens, allow_changes)
-    with contextlib.ExitStack() as held:
-        if about is not None:
-            held.enter_context(exclusive(run / "lock", f"{run} is in use by another process"))
-        else:
-            about = {"data": tokens.identity(), "wandb_id": uuid.uuid4().hex[:12], "stamp": stamp(tokens.train)}
-            try:
-                run.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot make the run directory {run}: {error.strerror}.") from error
-            held.enter_context(exclusive(run / "lock", f"{run} is in use by another process"))
-            write_json(run / "run.json", about)
-            if tokens.tokenizer:
-                source = tokens.tokenizer
-                write_atomically(run / "tokenizer.json", lambda p: shutil.copyfile(source, p))
+    known = _belongs(run, config, tokens, allow_changes)
+    new = {"data": tokens.identity(), "wandb_id": uuid.uuid4().hex[:12], "stamp": stamp(tokens.train)}
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run directory {run}: {error.strerror}.") from error
+    with exclusive(run / "lock", f"{run} is in use by another process"):
+        if known is None and tokens.tokenizer:
+            source = tokens.tokenizer
+            write_atomically(run / "tokenizer.json", lambda p: shutil.copyfile(source, p))
         clear_leftovers(run)
-        write_json(run / "run.json", about)
+        write_json(run / "run.json", known or new)
         # Last: a directory with a config.yaml is a complete run directory.
         write_atomically(run / "config.yaml", lambda p: save_yaml(config, p))
         yield

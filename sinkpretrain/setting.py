@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -85,38 +85,19 @@ class Setting:
         Args:
             parts: of the text, each read with an empty cache.
         """
-        dropped = self.column == "dropped"
+        how: dict[str, Any] = {"parts": parts, "advance": advance}
         if self.strategy == "dense":
-            return dense_nll(model, ids, block=block, parts=parts, advance=advance)
+            return dense_nll(model, ids, block=block, **how)
         if self.strategy == "recompute":
             assert self.window is not None
-            return recompute_nll(
-                model,
-                ids,
-                self.window,
-                stride=self.stride,
-                sample=self.sample,
-                block=block,
-                parts=parts,
-                advance=advance,
-            )
+            return recompute_nll(model, ids, self.window, stride=self.stride, sample=self.sample, block=block, **how)
         assert self.cache is not None
         if self.initial is not None:
             ids = with_initial(ids, self.cache.start - len(model.prefix_ids), self.initial)
+        how |= {"drop_column": self.column == "dropped", "positions": self.positions}
         if self.strategy == "token-loop":
-            return token_loop_nll(
-                model, ids, self.cache, drop_column=dropped, positions=self.positions, parts=parts, advance=advance
-            )
-        return stream_nll(
-            model,
-            ids,
-            self.cache,
-            block=block,
-            drop_column=dropped,
-            positions=self.positions,
-            parts=parts,
-            advance=advance,
-        )
+            return token_loop_nll(model, ids, self.cache, **how)
+        return stream_nll(model, ids, self.cache, block=block, **how)
 
 
 def with_initial(ids: Ids, count: int, by: int) -> Ids:

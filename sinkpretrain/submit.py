@@ -6,12 +6,12 @@ import os
 import re
 import shlex
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sinkpretrain import local as here
 from sinkpretrain.errors import UserError
-from sinkpretrain.experiment import Experiment, Member, load_experiment
+from sinkpretrain.experiment import Experiment, load_experiment
 
 SITE_FILE = "site.env"
 
@@ -36,68 +36,49 @@ class Job:
 
 def plan(experiment: Experiment, file: Path) -> list[Job]:
     """The jobs of an experiment in the order of submission; pure."""
-    members = experiment.members()
-    jobs = _array(experiment, file, len(members)) if experiment.array else _single(experiment, members)
-    if not experiment.evaluate.tokens:
+    e, members = experiment, experiment.members()
+    jobs = training(e, file)
+    if not e.evaluate.tokens:
         return jobs
-    last = experiment.attempts
-    evaluations = []
-    for number, member in enumerate(members):
-        trained = f"sweep-{last}_{number}" if experiment.array else f"train-{member.name}-{last}"
-        options = (*_limits(experiment, experiment.evaluate.hours), *_one_gpu(experiment))
-        evaluations.append(
-            Job(
-                f"stream-{member.name}",
-                "eval.sbatch",
-                (*options, *_log(experiment, f"stream-{member.name}-%j.log")),
-                ("stream", *member.stream_flags()),
-                ("afterok", (trained,)),
-            )
+    limits = _limits(e, e.evaluate.hours)
+    one_gpu = ("--gpus-per-node=1",) if e.gpus else ()
+    evaluations = [
+        Job(
+            f"stream-{member.name}",
+            "eval.sbatch",
+            (*limits, *one_gpu, _log(e, f"stream-{member.name}-%j")),
+            ("stream", *member.stream_flags()),
+            ("afterok", (f"sweep-{e.attempts}_{number}" if e.array else f"train-{member.name}-{e.attempts}",)),
         )
-    comparison = Job(
-        "compare",
-        "eval.sbatch",
-        (*_limits(experiment, experiment.evaluate.hours), *_log(experiment, "compare-%j.log")),
-        ("compare", *experiment.compare_flags()),
-        ("afterok", tuple(job.name for job in evaluations)),
-    )
+        for number, member in enumerate(members)
+    ]
+    after = ("afterok", tuple(job.name for job in evaluations))
+    comparison = Job("compare", "eval.sbatch", (*limits, _log(e, "compare-%j")), ("compare", *e.compare_flags()), after)
     return [*jobs, *evaluations, comparison]
 
 
-def _single(experiment: Experiment, members: list[Member]) -> list[Job]:
+def training(experiment: Experiment, file: Path) -> list[Job]:
+    """The jobs that train: an array, or some for each run."""
+    e, members = experiment, experiment.members()
+    gpus = (f"--gpus-per-node={e.devices}",) if e.gpus else ()
+    options = (f"--nodes={e.nodes}", f"--ntasks-per-node={e.devices}", *gpus, *_limits(e, e.hours))
+    if e.array:
+        tasks = f"--array=0-{len(members) - 1}" + (f"%{e.at_once}" if e.at_once else "")
+        first = Job("sweep", "sweep.sbatch", (tasks, *options, _log(e, "train-%A_%a")), (str(file.absolute()),))
+        return _in_turn(first, e.attempts)
     jobs = []
-    for member in members:
-        for attempt in range(1, experiment.attempts + 1):
-            name = f"train-{member.name}-{attempt}"
-            before = f"train-{member.name}-{attempt - 1}"
-            options = (*_train_options(experiment), *_log(experiment, f"train-{member.name}-%j.log"))
-            after = ("afterany", (before,)) if attempt > 1 else None
-            jobs.append(Job(name, "train.sbatch", options, tuple(member.train_flags()), after))
+    for m in members:
+        name = f"train-{m.name}"
+        first = Job(name, "train.sbatch", (*options, _log(e, f"{name}-%j")), tuple(m.train_flags()))
+        jobs += _in_turn(first, e.attempts)
     return jobs
 
 
-def _array(experiment: Experiment, file: Path, count: int) -> list[Job]:
-    at_once = f"%{experiment.at_once}" if experiment.at_once else ""
-    jobs = []
-    for attempt in range(1, experiment.attempts + 1):
-        options = (
-            f"--array=0-{count - 1}{at_once}",
-            *_train_options(experiment),
-            *_log(experiment, "train-%A_%a.log"),
-        )
-        after = ("afterany", (f"sweep-{attempt - 1}",)) if attempt > 1 else None
-        jobs.append(Job(f"sweep-{attempt}", "sweep.sbatch", options, (str(file.absolute()),), after))
-    return jobs
-
-
-def _train_options(experiment: Experiment) -> tuple[str, ...]:
-    gpus = (f"--gpus-per-node={experiment.devices}",) if experiment.gpus else ()
-    return (
-        f"--nodes={experiment.nodes}",
-        f"--ntasks-per-node={experiment.devices}",
-        *gpus,
-        *_limits(experiment, experiment.hours),
-    )
+def _in_turn(job: Job, times: int) -> list[Job]:
+    """A job so many times, each behind the one before, however that ended."""
+    names = [f"{job.name}-{number}" for number in range(1, times + 1)]
+    after = [None, *(("afterany", (name,)) for name in names)]
+    return [replace(job, name=name, after=before) for name, before in zip(names, after, strict=False)]
 
 
 def _limits(experiment: Experiment, hours: float) -> tuple[str, ...]:
@@ -105,12 +86,8 @@ def _limits(experiment: Experiment, hours: float) -> tuple[str, ...]:
     return (f"--cpus-per-task={experiment.cpus}", f"--time={minutes // 60:02d}:{minutes % 60:02d}:00")
 
 
-def _one_gpu(experiment: Experiment) -> tuple[str, ...]:
-    return ("--gpus-per-node=1",) if experiment.gpus else ()
-
-
-def _log(experiment: Experiment, name: str) -> tuple[str, ...]:
-    return (f"--output={experiment.out}/logs/{name}",)
+def _log(experiment: Experiment, name: str) -> str:
+    return f"--output={experiment.out}/logs/{name}.log"
 
 
 def command(job: Job, scripts: Path, ids: dict[str, str]) -> list[str]:

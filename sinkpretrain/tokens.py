@@ -207,7 +207,8 @@ class TokenWriter:
         """Append documents laid end to end: integers [sum(sizes)] and sizes [documents]."""
         sizes = np.asarray(sizes, dtype=np.int64)
         assert not self._open_tokens, "a document begun with extend is still open"
-        self._append_tokens(flat_ids, expected=int(sizes.sum()))
+        count = self._append_tokens(flat_ids)
+        assert count == sizes.sum(), f"{count} tokens given, sizes sum to {sizes.sum()}"
         self._append_sizes(sizes)
 
     def extend(self, ids: ArrayLike) -> None:
@@ -272,9 +273,8 @@ class TokenWriter:
         else:
             self.abort()
 
-    def _append_tokens(self, ids: ArrayLike, expected: int | None = None) -> int:
+    def _append_tokens(self, ids: ArrayLike) -> int:
         array = np.asarray(ids)
-        assert expected is None or len(array) == expected, f"{len(array)} tokens given, sizes sum to {expected}"
         if len(array) == 0:
             return 0
         low, high = int(array.min()), int(array.max())

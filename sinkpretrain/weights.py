@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import read_json
@@ -45,6 +45,18 @@ class Weights:
         except Exception as error:
             raise UserError(f"cannot read {name!r} from the weights in {self.folder}: {error}") from error
         return tensor
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def filled(model: M, state: dict[str, Tensor], source: Path) -> M:
+    """The model with these weights, ready to evaluate; raises UserError where they are not its own."""
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"the weights in {source} do not fit their own configuration: {error}") from error
+    return model.eval().requires_grad_(False)
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:

@@ -37,9 +37,7 @@ def sections(found: Found, groups: list[Group], settings: list[str], with_paper:
         parts.append(training(found))
     if found.inspections or any(r.probes for r in found.runs):
         parts.append(sinks(found))
-    rates = [*map(numbers.training, found.runs), *numbers.streaming_speed(found.results)]
-    if any(r["tokens_per_second"] for r in rates):
-        parts.append(speed(found))
+    parts += speed(found)
     if found.zero_shot:
         parts.append(zero_shot(found.zero_shot, with_paper))
     if found.results and with_paper and not has_paper(groups, settings):
@@ -276,38 +274,26 @@ _INSPECTION_NOTE = (
 
 def inspection_table(abouts: list[About]) -> Table:
     thresholds = [t for t in ("0.1", "0.2", "0.3") if all(t in a.data["measures"]["sink_rates"] for a in abouts)]
-    head = [
-        "model",
-        *(f"Sink_1 at {t}" for t in thresholds),
-        "first text token at 0.3",
-        "column at 0.3",
-        "alpha of position 0",
-        "floor",
-        "last query",
-        "massive ratio",
-        "norm ratio",
-        "value norm",
-        "kurtosis",
-    ]
-    rows = [
-        [
-            r["title"],
-            *(f"{100 * r['sink_rates'][t]:.1f} %" for t in thresholds),
-            share(r["text_rate"]),
-            share(r["column_rate"]),
-            f"{r['first']:.3f}",
-            f"{r['floor']:.3f}",
-            f"{r['last_query']:.3f} at {r['last_query_positions']:,}",
-            f"{r['massive']:,.0f}",
-            f"{r['norm']:.2f}",
-            f"{r['value_norm']:.2f}",
-            f"{r['kurtosis']:.1f}",
-        ]
-        for r in numbers.inspected(abouts)
-    ]
+
+    def row(r: Record) -> dict[str, str]:
+        return {
+            "model": r["title"],
+            **{f"Sink_1 at {t}": f"{100 * r['sink_rates'][t]:.1f} %" for t in thresholds},
+            "first text token at 0.3": share(r["text_rate"]),
+            "column at 0.3": share(r["column_rate"]),
+            "alpha of position 0": f"{r['first']:.3f}",
+            "floor": f"{r['floor']:.3f}",
+            "last query": f"{r['last_query']:.3f} at {r['last_query_positions']:,}",
+            "massive ratio": f"{r['massive']:,.0f}",
+            "norm ratio": f"{r['norm']:.2f}",
+            "value norm": f"{r['value_norm']:.2f}",
+            "kurtosis": f"{r['kurtosis']:.1f}",
+        }
+
+    rows = list(map(row, numbers.inspected(abouts)))
     # Which columns say anything depends on the mechanisms: without a prefix there is no first text token behind it.
-    used = [i for i in range(len(head)) if any(row[i] for row in rows)]
-    return Table([head[i] for i in used], [[row[i] for i in used] for row in rows])
+    head = [name for name in rows[0] if any(r[name] for r in rows)]
+    return Table(head, [[r[name] for name in head] for r in rows])
 
 
 def logged_table(records: list[Record]) -> Table:
@@ -316,48 +302,35 @@ def logged_table(records: list[Record]) -> Table:
     def mean(r: Record, name: str, form: str = ".3f") -> str:
         return format(float(np.mean(r[name])), form) if name in r else ""
 
-    return Table(
-        [
-            "run",
-            "mechanism",
-            "step",
-            "Sink_1 at 0.3",
-            "to position 0",
-            "floor",
-            "to column",
-            "last query",
-            "entropy, nats",
-        ],
-        [
-            [
-                r["name"],
-                r["mechanism"],
-                f"{r['step']:,}",
-                share(r["sink_share"]),
-                mean(r, "first_mass"),
-                f"{r['uniform_floor']:.3f}",
-                mean(r, "column_mass"),
-                format(last_mass(r), ".3f") if "last_prefix" in r else "",
-                mean(r, "entropy", ".2f"),
-            ]
-            for r in records
-        ],
-        labels=2,
+    def row(r: Record) -> dict[str, str]:
+        return {
+            "run": r["name"],
+            "mechanism": r["mechanism"],
+            "step": f"{r['step']:,}",
+            "Sink_1 at 0.3": share(r["sink_share"]),
+            "to position 0": mean(r, "first_mass"),
+            "floor": f"{r['uniform_floor']:.3f}",
+            "to column": mean(r, "column_mass"),
+            "last query": format(last_mass(r), ".3f") if "last_prefix" in r else "",
+            "entropy, nats": mean(r, "entropy", ".2f"),
+        }
+
+    rows = list(map(row, records))
+    return Table(list(rows[0]), [list(r.values()) for r in rows], labels=2)
+
+
+def speed(found: Found) -> list[Section]:
+    """Nothing where nobody took the time."""
+    measured = (
+        (training_speed_table, [numbers.training(r) for r in found.runs]),
+        (streaming_speed_table, numbers.streaming_speed(found.results)),
     )
-
-
-def speed(found: Found) -> Section:
-    blocks: list[Block] = []
-    if any(numbers.training(r)["tokens_per_second"] for r in found.runs):
-        blocks.append(training_speed_table([numbers.training(r) for r in found.runs]))
-    streaming = numbers.streaming_speed(found.results)
-    if any(r["tokens_per_second"] for r in streaming):
-        blocks.append(streaming_speed_table(streaming))
-    blocks.append(
+    tables = [table(records) for table, records in measured if any(r["tokens_per_second"] for r in records)]
+    note = (
         "Training: median tokens/s over the run. Streaming: tokens/s of each setting. Memory: of the GPU, or of the "
         "whole process on a CPU. Speeds of different devices, or of one that others used too, do not compare."
     )
-    return Section("Speed and memory", blocks)
+    return [Section("Speed and memory", [*tables, note])] if tables else []
 
 
 def training_speed_table(records: list[Record]) -> Table:
