@@ -48,21 +48,9 @@ def _add_norms_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_norms_backward_kernel(  # type: ignore[no-untyped-def]
-    d_total,
-    d1,
-    d2,
-    total,
-    mean,
-    rstd,
-    vectors,
-    d_x,
-    d_delta,
-    partial,
-    N,
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    d_total, d1, d2, total, mean, rstd, vectors, d_x, d_delta, partial,
+    N, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """ROWS rows: the gradient of the sum, wide for the residual stream and narrow for what was added to it; and these
     rows' part of the gradient of ``vectors``, partial [programs, 5, C]."""
     column = tl.arange(0, BLOCK)
@@ -137,22 +125,9 @@ class AddNorms(torch.autograd.Function):
         d_x, d_delta = torch.empty_like(total), torch.empty_like(d1)
         partial = torch.empty(programs, 5, C, dtype=torch.float32, device=total.device)
         _add_norms_backward_kernel[(programs,)](
-            d_total,
-            d1,
-            d2,
-            total,
-            mean,
-            rstd,
-            vectors,
-            d_x,
-            d_delta,
-            partial,
-            N,
-            C,
-            power_of_two(C),
-            _NORM_ROWS,
-            num_warps=_NORM_WARPS,
-        )
+            d_total, d1, d2, total, mean, rstd, vectors, d_x, d_delta, partial,
+            N, C, power_of_two(C), _NORM_ROWS, num_warps=_NORM_WARPS,
+        )  # fmt: skip
         return d_x, d_delta, d_delta, partial.sum(0), None
 
 
@@ -185,25 +160,10 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _unrotate_kernel(  # type: ignore[no-untyped-def]
-    grad,
-    joined,
-    partial,
-    cos,
-    sin,
-    N,
-    T,
-    C,
-    D,
-    W,
-    part,
-    stride_b,
-    stride_h,
-    stride_t,
-    R: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STEP: tl.constexpr,
-):
+    grad, joined, partial, cos, sin,
+    N, T, C, D, W, part, stride_b, stride_h, stride_t,
+    R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     """One of dq, dk, dv (R = 0) into its columns of the joined gradient, rotated back, and the tile's column sums."""
     first = tl.program_id(0) * ROWS
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -277,24 +237,10 @@ class LinearRotary(torch.autograd.Function):
         for part, (grad, rotated) in enumerate(zip(grads, (R, R, 0), strict=True)):
             grad = grad if grad.stride(-1) == 1 else grad.contiguous()
             _traced(_unrotate_kernel)[tiles](
-                grad,
-                d_qkv,
-                partial,
-                tables[0],
-                tables[1],
-                N,
-                T,
-                C,
-                D,
-                W,
-                part,
-                *grad.stride()[:3],
-                rotated,
-                _JOIN_ROWS,
-                _JOIN_COLUMNS,
-                _JOIN_STEP,
-                num_warps=4,
-            )
+                grad, d_qkv, partial, tables[0], tables[1],
+                N, T, C, D, W, part, *grad.stride()[:3],
+                rotated, _JOIN_ROWS, _JOIN_COLUMNS, _JOIN_STEP, num_warps=4,
+            )  # fmt: skip
         return d_qkv @ w, d_qkv.T @ x, partial.sum(0).to(w.dtype), None, None
 
 
