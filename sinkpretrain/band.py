@@ -25,12 +25,9 @@ FOLD = 128
 """Queries of a window: each reads ``reach`` + this many keys. Measured on two CPU cores: docs/speed.md."""
 
 
-def band_bias(distance_TS: Tensor, slopes_H: Tensor | None, reach: int | None) -> Tensor:
-    """``distance_bias`` where a query sees itself and what is less than ``reach`` before it; None: everything."""
-    visible_TS = distance_TS >= 0
-    if reach is not None:
-        visible_TS = visible_TS & (distance_TS < reach)
-    return distance_bias(distance_TS, slopes_H, visible_TS)
+def band_bias(distance_TS: Tensor, slopes_H: Tensor | None, reach: int) -> Tensor:
+    """``distance_bias`` where a query sees itself and what is less than ``reach`` before it."""
+    return distance_bias(distance_TS, slopes_H, (distance_TS >= 0) & (distance_TS < reach))
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, reach: int, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -96,13 +93,15 @@ def flex(q: Tensor, k: Tensor, v: Tensor, reach: int, slopes: Tensor | None) -> 
 
     Compiled anew for every shape: queries and keys are padded in front to powers of two, so that there are few.
     """
+    from torch.nn.attention.flex_attention import AuxRequest
+
     T, S = q.shape[2], k.shape[2]
     rows, width = (max(TILE, 1 << (n - 1).bit_length()) for n in (T, max(T, S)))
     mask = _block_mask(rows, width, min(reach, width), width - S, q.device)
     score = None if slopes is None else _alibi(slopes, width - rows)
     out, aux = _flex(q.device.type)(
         _padded(q, rows - T), _padded(k, width - S), _padded(v, width - S),
-        score_mod=score, block_mask=mask, enable_gqa=k.shape[1] != q.shape[1], return_aux=_want_lse(),
+        score_mod=score, block_mask=mask, enable_gqa=k.shape[1] != q.shape[1], return_aux=AuxRequest(lse=True),
     )  # fmt: skip
     return _unpadded(out, rows - T), _unpadded(aux.lse, rows - T)
 
@@ -115,12 +114,6 @@ def choose(q: Tensor, slopes: Tensor | None) -> Kernel:
     if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] % 8:
         return folded
     return flash if slopes is None else flex
-
-
-def _want_lse() -> Any:
-    from torch.nn.attention.flex_attention import AuxRequest
-
-    return AuxRequest(lse=True)
 
 
 TILE = 128

@@ -143,10 +143,6 @@ class Setting:
     compile: bool
     fused: bool
 
-    def recipe_batch(self, model: str) -> int:
-        """Samples per step as the recipe has them."""
-        return load_yaml(RunConfig, recipe_path(model)).data.batch_size
-
     def config(self, model: str, sink: str, short: bool = False) -> RunConfig:
         """A recipe as a run on random tokens that does nothing but train; ``short`` takes a third of the steps."""
         base = load_yaml(RunConfig, recipe_path(model))

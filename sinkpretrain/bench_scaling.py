@@ -24,7 +24,7 @@ import torch
 
 from sinkpretrain.bench import Setting, flops_per_token, steady_rates
 from sinkpretrain.bench_rank import PROFILED_STEPS
-from sinkpretrain.config import RunConfig, save_yaml
+from sinkpretrain.config import RunConfig, load_yaml, recipe_path, save_yaml
 from sinkpretrain.device import gpu_names
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import read_json, write_json
@@ -146,7 +146,7 @@ def job(setting: Setting, model: str, rule: str, devices: int, **training: Any) 
     divide over them."""
     base = setting.config(model, "vanilla")
     micro = base.training.micro_batch
-    batch = micro * devices if rule == "per device" else setting.recipe_batch(model)
+    batch = micro * devices if rule == "per device" else load_yaml(RunConfig, recipe_path(model)).data.batch_size
     if batch % devices:
         raise UserError(f"the batch of {model}, {batch} samples, does not divide over {devices} devices.")
     steps = max(FEWEST_STEPS, PASSES * micro * devices // batch)

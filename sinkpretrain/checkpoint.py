@@ -53,15 +53,9 @@ class BackgroundWriter:
         self._error: BaseException | None = None
         self._written: list[Written] = []
 
-    def submit(self, path: Path, write: Callable[[], None]) -> None:
-        """Have ``write`` produce ``path``; returns at once."""
-        self._queue(path, write)
-
-    def then(self, action: Callable[[], None]) -> None:
-        """Do something else once everything so far is written, and only if it was."""
-        self._queue(None, action)
-
-    def _queue(self, path: Path | None, write: Callable[[], None]) -> None:
+    def submit(self, path: Path | None, write: Callable[[], None]) -> None:
+        """Have ``write`` produce ``path``, or with None do something else, once everything so far is written, and only
+        if it was; returns at once."""
         with self._lock:
             self._jobs.append((path, write))
             if self._thread is None:

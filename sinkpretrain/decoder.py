@@ -111,9 +111,7 @@ class DecoderAttention(nn.Module):
         self.factor = 1.0 if spec.scale is None else spec.scale * D**0.5
         self.qkv = nn.Linear(spec.d_model, sum(self.sizes), bias=spec.qkv_bias)
         self.out = nn.Linear(spec.n_head * D, spec.d_model, bias=spec.out_bias)
-        self.q_norm, self.k_norm = (
-            nn.RMSNorm(D, spec.norm_eps) if spec.qk_norm else nn.Identity() for _ in range(2)
-        )  # fmt: skip
+        self.q_norm, self.k_norm = (nn.RMSNorm(D, spec.norm_eps) if spec.qk_norm else nn.Identity() for _ in range(2))
         self.sink = sinks.build(SinkConfig(), ModelConfig())
 
     def forward(self, x_BTC: Tensor, attend: Attend) -> Tensor:

@@ -59,20 +59,22 @@ def doctor(config: RunConfig) -> list[Finding]:
         The findings of this process; those about all processes are rank 0's.
     """
     found = guarded("configuration", describe, config)
-    tokens: Tokens | None = None
+    tokens = settled = None
     try:
         tokens = open_data(config.data)
         # One process per node reads all of it: the copies of other nodes are other files.
         if os.environ.get("SLURM_LOCALID", os.environ.get("LOCAL_RANK", "0")) == "0":
             found += guarded("data", check_data, config, tokens)
+        settled = resolve(config, tokens)
     except UserError as error:
-        found.append(Finding("data", False, str(error)))
+        found.append(Finding("settings" if tokens else "data", False, str(error)))
     found += guarded("job", check_job, config)
-    found += guarded("connections", check_connections, config, tokens)
+    found += guarded("connections", check_connections, config, settled, tokens)
     if launched_rank() == 0:
-        found += guarded("disk", check_disk, config, tokens)
+        found += guarded("disk", check_disk, settled or config)
     found += guarded("device", check_device, config)
-    found += guarded("memory", check_memory, config, tokens)
+    if settled is not None:
+        found += guarded("memory", check_memory, settled)
     found += guarded("attention", check_attention, config)
     return found
 
@@ -126,7 +128,7 @@ def _requeue_allowed(job: str) -> Finding:
 # --- connections --------------------------------------------------------------------------------------------------
 
 
-def check_connections(config: RunConfig, tokens: Tokens | None) -> list[Finding]:
+def check_connections(config: RunConfig, settled: RunConfig | None, tokens: Tokens | None) -> list[Finding]:
     """Rank 0's port, a hello among all processes over gloo, and over NCCL on GPUs; then whether all are the same."""
     place = _place(config)
     if place is None:
@@ -142,8 +144,7 @@ def check_connections(config: RunConfig, tokens: Tokens | None) -> list[Finding]
         dist.all_gather_object(nodes, socket.gethostname())
         text = f"{size} processes on {len(set(nodes))} nodes met at {address}:{port}"
         found = [Finding("hello", True, f"{text} in {time.perf_counter() - started:.1f} s")]
-        if tokens is not None:
-            settled = resolve(config, tokens)
+        if settled is not None and tokens is not None:
             Ranks(HELLO_SECONDS).require_same(facts(settled, tokens, newest_checkpoint(Path(settled.out))))
             found.append(Finding("same everywhere", True, "settings, data, code and versions"))
         if accelerator(config) == "cuda":
@@ -201,20 +202,20 @@ def _nccl(rank: int, size: int) -> Finding:
 # --- disk and data ------------------------------------------------------------------------------------------------
 
 
-def check_disk(config: RunConfig, tokens: Tokens | None) -> list[Finding]:
-    """Space for the checkpoints that will lie there at once, speed of writing, renaming and locks."""
+def check_disk(config: RunConfig) -> list[Finding]:
+    """Space for the checkpoints that will lie there at once, if it is known how large the model is; speed of writing,
+    renaming and locks."""
     folder = Path(config.out or "runs").absolute()
     while not folder.is_dir():
         folder = folder.parent
-    settled = resolve(config, tokens) if tokens is not None else config
     found = []
     with tempfile.TemporaryDirectory(dir=folder, prefix=".doctor-") as scratch:
         speed = write_speed(Path(scratch) / "probe")
         with exclusive(Path(scratch) / "lock", "the lock is held", patience=0):
             found.append(Finding("locks", True, f"files can be locked and renamed in {folder}"))
-    if settled.model.vocab_size:
-        parameters = without_weights(settled.model, settled.sink).n_parameters()
-        need, free = needed_bytes(settled, parameters), shutil.disk_usage(folder).free
+    if config.model.tokenizer_size:
+        parameters = without_weights(config.model, config.sink).n_parameters()
+        need, free = needed_bytes(config, parameters), shutil.disk_usage(folder).free
         text = f"{free / 1e9:,.1f} GB free in {folder}, the run will need up to {need / 1e9:,.1f} GB"
         found.append(Finding("space", free > need, text))
         seconds = BYTES_PER_PARAMETER * parameters / speed
@@ -272,18 +273,18 @@ def check_device(config: RunConfig) -> list[Finding]:
     return found
 
 
-def check_memory(config: RunConfig, tokens: Tokens | None) -> list[Finding]:
-    """Whether a GPU holds what every run keeps there, before a single activation."""
+def check_memory(config: RunConfig) -> list[Finding]:
+    """Whether a GPU holds what every run of a resolved configuration keeps there, before a single activation."""
     memory = total_memory(torch.device(accelerator(config)))
-    if memory is None or tokens is None:
+    if memory is None:
         return []
-    need = held_bytes(resolve(config, tokens), memory)
+    need = held_bytes(config, memory)
     text = f"{need / 2**30:,.2f} of {memory / 2**30:,.1f} GiB for weights, gradients and the optimizer's moments"
     return [Finding("memory", need < memory, f"{text}; activations come on top")]
 
 
 def held_bytes(config: RunConfig, memory: int) -> float:
-    """Bytes that a resolved configuration certainly keeps on a device of this memory, however small its passes are.
+    """Bytes that are certainly kept on a device of this memory, however small the passes are.
 
     A parameter has its weight, gradient and two moments in the weights' precision. Where the model is sharded a device
     has its share of these, and the whole weights besides while they are gathered for a step.

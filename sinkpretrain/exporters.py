@@ -79,7 +79,7 @@ def write_model(folder: Path, loaded: LoadedModel, form: Form, dtype: torch.dtyp
         # By itself: whoever has the folder needs nothing of this package.
         shutil.copyfile(Path(__file__).with_name("seeded_slot.py"), folder / "seeded_slot.py")
     if form == "own":
-        names = ", ".join(config["auto_map"][k].partition(".")[2] for k in config["auto_map"])
+        names = ", ".join(place.partition(".")[2] for place in config["auto_map"].values())
         code = f"from sinkpretrain.hf_model import {names}  # noqa: F401\n"
         (folder / f"{REMOTE}.py").write_text(code, encoding="utf-8")
     # safetensors makes files that only their owner can read.

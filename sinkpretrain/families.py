@@ -174,26 +174,23 @@ def _rotary(config: Config, head_dim: int) -> Rotary:
 def _llama_like(config: Config, family: str, **own: Any) -> Spec:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Spec(
-        **{
-            "family": family,
-            "n_layer": config.num_hidden_layers,
-            "d_model": config.hidden_size,
-            "n_head": config.num_attention_heads,
-            "n_kv_head": config.num_key_value_heads,
-            "head_dim": head_dim,
-            "d_ff": config.intermediate_size,
-            "vocab_size": config.vocab_size,
-            "context": config.max_position_embeddings,
-            "positions": _rotary(config, head_dim),
-            "windows": (None,) * config.num_hidden_layers,
-            "norm": "rms",
-            "norm_eps": config.rms_norm_eps,
-            "residual": "sequential",
-            "gated": True,
-            "activation": _activation(config.hidden_act),
-            "tied": config.tie_word_embeddings,
-        }
-        | own
+        family=family,
+        n_layer=config.num_hidden_layers,
+        d_model=config.hidden_size,
+        n_head=config.num_attention_heads,
+        n_kv_head=config.num_key_value_heads,
+        head_dim=head_dim,
+        d_ff=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        context=config.max_position_embeddings,
+        positions=_rotary(config, head_dim),
+        norm="rms",
+        norm_eps=config.rms_norm_eps,
+        residual="sequential",
+        gated=True,
+        activation=_activation(config.hidden_act),
+        tied=config.tie_word_embeddings,
+        **({"windows": (None,) * config.num_hidden_layers} | own),
     )
 
 
@@ -216,9 +213,7 @@ def _qwen2(config: Config) -> Spec:
 
 def _qwen3(config: Config) -> Spec:
     bias = config.attention_bias
-    return _llama_like(
-        config, "qwen3", qkv_bias=bias, out_bias=bias, qk_norm=True, windows=_qwen_windows(config)
-    )  # fmt: skip
+    return _llama_like(config, "qwen3", qkv_bias=bias, out_bias=bias, qk_norm=True, windows=_qwen_windows(config))
 
 
 def _llama_names(read: Callable[[Config], Spec]) -> Family:

@@ -419,7 +419,7 @@ class PretrainModule(L.LightningModule):
             log = self.config.log
             if self.trainer.is_global_zero:
                 doubling = log.checkpoint_every if log.keep_doubling else 0
-                self.writer.then(partial(prune_checkpoints, self._run, log.keep, doubling))
+                self.writer.submit(None, partial(prune_checkpoints, self._run, log.keep, doubling))
         self._blocked += time.perf_counter() - started
 
     def _keep_weights(self, step: int) -> None:

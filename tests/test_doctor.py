@@ -20,6 +20,7 @@ from sinkpretrain.data import open_data
 from sinkpretrain.doctor import Finding, check_attention, check_disk, check_job, check_memory, needed_bytes
 from sinkpretrain.errors import UserError
 from sinkpretrain.selftest import self_test
+from sinkpretrain.train import resolve
 
 
 @pytest.fixture
@@ -59,9 +60,16 @@ def test_one_failing_check_does_not_hide_the_others(run: RunConfig, capsys) -> N
     assert "ok   causality" in text
 
 
+def test_settings_that_do_not_fit_are_said_once(run: RunConfig, capsys) -> None:
+    assert main(["doctor", *flags(run), "--training.devices=3"]) == 1
+    text = capsys.readouterr().out
+    assert text.count("FAIL") == 1
+    assert "FAIL settings: data.batch_size 8 does not divide over 3 processes" in text
+
+
 def test_too_little_space_is_said_with_numbers(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: _Usage(1000))
-    space = next(f for f in check_disk(run, open_data(run.data)) if f.name == "space")
+    space = next(f for f in check_disk(resolve(run, open_data(run.data))) if f.name == "space")
     assert space.ok is False
     log = dataclasses.replace(run.log, checkpoint_every=10, keep=2, weights_every=0)
     assert needed_bytes(dataclasses.replace(run, log=log), 100) == 100 * (12 * (2 + 1 + 1) + 4 * 11)
@@ -89,16 +97,16 @@ def test_a_model_that_no_memory_holds_is_found(
 
     monkeypatch.setattr(doctor, "without_weights", lambda *_: Counted())
     run = dataclasses.replace(run, training=dataclasses.replace(run.training, **training))
-    tokens = open_data(run.data)
+    run = resolve(run, open_data(run.data))
     for memory, ok in ((gib * 2**30 + 1, True), (gib * 2**30 - 1, False)):
         monkeypatch.setattr(doctor, "total_memory", lambda _, memory=memory: memory)
-        (finding,) = check_memory(run, tokens)
+        (finding,) = check_memory(run)
         assert finding.ok is ok
         assert finding.text.startswith(f"{gib:.2f} of {memory / 2**30:.1f} GiB for weights, gradients and ")
 
 
 def test_a_cpus_memory_is_not_judged(run: RunConfig) -> None:
-    assert check_memory(run, open_data(run.data)) == []
+    assert check_memory(resolve(run, open_data(run.data))) == []
 
 
 class _Usage:
