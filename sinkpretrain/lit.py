@@ -365,7 +365,8 @@ class PretrainModule(L.LightningModule):
             for batch in self._validation():
                 ids, labels = (x.to(self.device) for x in shared_targets(batch, len(self.model.prefix_ids)))
                 count = (labels != IGNORED).sum()
-                summed += torch.stack(((self.loss(ids, labels) * count).double(), count.double()))
+                total = torch.where(count > 0, self.loss(ids, labels) * count, 0.0)  # the mean of nothing is NaN
+                summed += torch.stack((total.double(), count.double()))
         if self.trainer.world_size > 1:
             dist.all_reduce(summed)
         loss = float(summed[0] / summed[1])

@@ -40,6 +40,7 @@ from sinkpretrain.lit import Ending, PretrainModule
 from sinkpretrain.load import step_of
 from sinkpretrain.measures import LONG_SAMPLES
 from sinkpretrain.model import without_weights
+from sinkpretrain.ops import IGNORED
 from sinkpretrain.provenance import source_hash, versions
 from sinkpretrain.ranks import is_taken_port, says_lost
 from sinkpretrain.run_directory import claim, note_attempt
@@ -399,10 +400,17 @@ def build(
 
 
 def validation_share(samples: Samples, count: int, config: RunConfig, trainer: L.Trainer) -> list[Batch]:
-    """This process's part of the fixed validation set (its first ``count`` samples), in micro-batches."""
-    mine = np.arange(trainer.global_rank, count, trainer.world_size)
+    """This process's part of the fixed validation set (its first ``count`` samples), in micro-batches.
+
+    Every process gets as many, because the weights of a sharded model are put together by all for each: what is too few
+    is filled up with a sample whose labels do not count.
+    """
+    share = -(-count // trainer.world_size)
+    mine = trainer.global_rank + np.arange(share) * trainer.world_size
+    batch = samples.batch(np.minimum(mine, count - 1))
+    batch.labels[torch.from_numpy(mine >= count)] = IGNORED
     size = config.training.micro_batch
-    return [samples.batch(mine[i : i + size]) for i in range(0, len(mine), size)]
+    return [Batch(batch.ids[i : i + size], batch.labels[i : i + size]) for i in range(0, share, size)]
 
 
 def probe_ids(samples: Samples, count: int = PROBE_SAMPLES, length: int = PROBE_TOKENS) -> torch.Tensor:

@@ -33,12 +33,14 @@ STEPS = 6
 
 def small(data: Path, out: Path, gather: str) -> RunConfig:
     """Three heads over two processes: sink parameters of [3, 16] are sliced unevenly. Clipping is in effect, and each
-    process's four samples take two passes."""
+    process's four samples take two passes. Of 13 validation samples in passes of three, one process has two passes to
+    score and the other three."""
     base = config(data, out, steps=STEPS, gather=gather)
     return dataclasses.replace(
         base,
         model=ModelConfig(n_layer=2, d_model=48, n_head=3, context=32),
         sink=SinkConfig("key_value_bias"),
+        data=dataclasses.replace(base.data, validation_samples=13),
         optimizer=dataclasses.replace(base.optimizer, clip=0.1),
         log=dataclasses.replace(base.log, every=2, validate_every=3, probe_every=3, checkpoint_every=3),
     )
