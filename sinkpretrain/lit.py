@@ -229,8 +229,6 @@ class PretrainModule(L.LightningModule):
         self.ranks = Ranks((patience or 1e6) + 60)  # the watchdog is first, because it can name who is late
         self.ranks.require_same(self._facts)
         self.watchdog = watchdog.connect(self.ranks.rank, self.ranks.size, patience)
-        if self.watchdog is not None:
-            self.watchdog.start()
 
     def _at(self, doing: str) -> None:
         if self.watchdog is not None:

@@ -25,9 +25,7 @@ def block_means(values: NDArray[np.floating], block: int = BLOCK) -> tuple[NDArr
     return sums / counts, counts
 
 
-def block_bootstrap(
-    values: NDArray[np.floating], block: int = BLOCK, draws: int = 1000, seed: int = 0
-) -> tuple[float, float]:
+def block_bootstrap(values: NDArray[np.floating], block: int = BLOCK, draws: int = 1000) -> tuple[float, float]:
     """95 % percentile interval of the mean of a dependent series.
 
     Non-overlapping block bootstrap (Carlstein 1986): blocks much longer than the dependence are drawn with
@@ -37,10 +35,9 @@ def block_bootstrap(
         values: per-token values [N].
         block: tokens per block.
         draws: bootstrap samples.
-        seed: of the draws.
     """
     means, counts = block_means(values, block)
-    chosen = np.random.default_rng(seed).integers(0, len(means), (draws, len(means)))
+    chosen = np.random.default_rng(0).integers(0, len(means), (draws, len(means)))
     drawn = (means[chosen] * counts[chosen]).sum(1) / counts[chosen].sum(1)
     low, high = np.quantile(drawn, (0.025, 0.975))
     return float(low), float(high)

@@ -146,11 +146,13 @@ def _leave(sentence: str) -> None:
 
 
 def connect(rank: int, size: int, timeout: float) -> Watchdog | None:
-    """A watchdog with a connection of its own to rank 0's store; None if there is one process, or no limit."""
+    """A watchdog at work, with a connection of its own to rank 0's store; None if there is one process, or no limit."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     if size == 1 or not timeout:
         return None
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=ANSWER_SECONDS))
-    return Watchdog(store, rank, size, timeout)
+    watchdog = Watchdog(store, rank, size, timeout)
+    watchdog.start()
+    return watchdog
