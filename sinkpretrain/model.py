@@ -19,6 +19,9 @@ from sinkpretrain.errors import UserError
 from sinkpretrain.language import Attend
 from sinkpretrain.ops import linear_gelu
 
+KEPT_LENGTHS = 8
+"""Lengths whose tables and masks a model keeps; evaluators go through any number of them."""
+
 
 class Causal:
     """Attention as in training (an ``Attend``): token i attends to the tokens 0 .. i, or to what a mask leaves of them.
@@ -139,10 +142,12 @@ class GPTNeoX(nn.Module):
     def causal(self, length: int, device: torch.device) -> Causal:
         """Attention over positions 0 .. length - 1, as in training: causal, within the window if there is one.
 
-        Made once per length and device: compiled code takes its rotary tables as given instead of computing them anew
-        in every layer, and recognises the function.
+        Kept for the last few lengths: compiled code takes its rotary tables as given instead of computing them anew in
+        every layer, and recognises the function.
         """
         if (length, device) not in self._causal:
+            while len(self._causal) >= KEPT_LENGTHS:
+                del self._causal[next(iter(self._causal))]
             with torch.inference_mode(False):  # kept for later, when gradients may be wanted
                 positions = torch.arange(length, device=device)
                 windowed = 0 < self.config.window < length - 1

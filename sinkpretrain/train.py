@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sinkpretrain import attempts, metrics, sinks, slurm
 from sinkpretrain.checkpoint import AtomicCheckpointIO, BackgroundWriter, newest_checkpoint
-from sinkpretrain.config import RunConfig, to_dict
+from sinkpretrain.config import MAX_SINK_TOKENS, RunConfig, to_dict
 from sinkpretrain.data import Batch, Samples, Stream, Tokens, fingerprint, open_data, training_order
 from sinkpretrain.device import device_memory, total_memory
 from sinkpretrain.errors import LostProcessError, SettingHasNoEffect, UserError
@@ -227,8 +227,12 @@ def resolve(config: RunConfig, tokens: Tokens) -> RunConfig:
                 "again."
             )
     model = config.model.resolved(known)
-    mechanism = sinks.build(config.sink, model)
-    mechanism.prefix_ids(sinks.Vocabulary(model.tokenizer_size, model.vocab_size))
+    prefix = without_weights(model, config.sink).prefix_ids
+    if len(prefix) > MAX_SINK_TOKENS:
+        raise UserError(
+            f"{len(prefix)} sink tokens displace more than the last {MAX_SINK_TOKENS} targets of a sample, which "
+            f"validation leaves out so that losses compare; set sink.options.n to {MAX_SINK_TOKENS} at most."
+        )
     name = config.name or (Path(config.out).name if config.out else sinks.label(config.sink))
     world = world_size(config)
     if config.data.batch_size < 1 or config.data.batch_size % world:

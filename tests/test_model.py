@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from sinkpretrain import attention, hf, model
 from sinkpretrain.config import MAX_SINK_TOKENS, ModelConfig, RunConfig, SinkConfig, load_yaml, recipe_path
 from sinkpretrain.errors import UserError
-from sinkpretrain.model import GPTNeoX
+from sinkpretrain.model import KEPT_LENGTHS, GPTNeoX
 
 TOLERANCE = 1e-5
 
@@ -178,6 +179,13 @@ def test_initial_weights_follow_the_published_recipe() -> None:
 def test_mechanisms_start_from_the_same_weights() -> None:
     vanilla, sink = GPTNeoX(TINY, seed=5), GPTNeoX(TINY, SinkConfig("sink_tokens", {"n": 2}), seed=5)
     assert all(torch.equal(a, b) for a, b in zip(vanilla.parameters(), sink.parameters(), strict=True))
+
+
+def test_masks_of_many_lengths_take_no_memory(tiny: ModelConfig) -> None:
+    net = GPTNeoX(replace(tiny, window=5))
+    made = [net.causal(length, torch.device("cpu")) for length in range(10, 40)]
+    assert net.causal(39, torch.device("cpu")) is made[-1]  # or compiled code would be made anew
+    assert len(net._causal) == KEPT_LENGTHS
 
 
 def test_flops_of_the_160m_model() -> None:

@@ -313,6 +313,10 @@ def test_impossible_settings_are_refused_before_anything_is_written(data: Path, 
     bad = {
         "does not divide over 3": dataclasses.replace(base, training=TrainingConfig(devices=3, accelerator="cpu")),
         "do not fit the 32 spare rows": dataclasses.replace(base, sink=SinkConfig("sink_tokens", {"n": 33})),
+        "set sink.options.n to 27 at most": dataclasses.replace(base, sink=SinkConfig("sink_tokens", {"n": 28})),
+        "no room for text in a context of 16": dataclasses.replace(
+            base, sink=SinkConfig("sink_tokens", {"n": 16}), model=dataclasses.replace(base.model, context=16)
+        ),
         "prepared with a tokenizer of 96 ids": dataclasses.replace(base, model=ModelConfig(tokenizer_size=50277)),
         "fewer than one sample": dataclasses.replace(base, model=ModelConfig(context=10**6)),
     }
