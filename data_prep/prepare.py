@@ -21,7 +21,7 @@ from typing import Any
 from data_prep.batches import group, read_parts
 from data_prep.pool import available_cores, encode_batches
 from data_prep.shards import SPLITS, TRAIN, VALIDATION, Shard, ShardRecord, complete_shards, merge
-from data_prep.sources import HubOptions, Source, Unit, resolve
+from data_prep.sources import FileUnit, HubOptions, Source, Unit, resolve
 from data_prep.tokenizer import (
     TokenizerFile,
     load_tokenizer,
@@ -104,6 +104,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     sources = [(TRAIN, resolve(name, config.column, hub)) for name in config.source]
     validation_hub = replace(hub, split=VALIDATION)
     sources += [(VALIDATION, resolve(name, config.column, validation_hub)) for name in config.validation_source]
+    _require_held_out(sources)
     given = load_tokenizer(config.tokenizer) if config.tokenizer else None
     eod_id = given.eod_id(config.eod_token) if given else None
     settings = _settings(config, sources, given, eod_id)
@@ -184,17 +185,27 @@ def describe(manifest: Manifest) -> str:
 
 
 def _check(config: PrepareConfig) -> None:
-    if not config.source:
+    if not config.source or "" in (*config.source, *config.validation_source):
         raise UserError("no source given: name files, a folder or a Hub data set with --source.")
     if bool(config.tokenizer) == bool(config.train_tokenizer):
-        raise UserError("give either --tokenizer or --train_tokenizer (for example bpe:4096), and not both.")
+        raise UserError("give either --tokenizer or --train-tokenizer (for example bpe:4096), and not both.")
     if config.train_tokenizer:
         training_size(config.train_tokenizer)
     if not 0 <= config.validation_fraction < 1:
-        raise UserError(f"validation_fraction {config.validation_fraction} is not in [0, 1): choose say 0.005.")
+        raise UserError(f"--validation-fraction {config.validation_fraction} is not in [0, 1): choose say 0.005.")
     for name, least in (("workers", 0), ("shard_tokens", 1), ("limit_documents", 0)):
         if getattr(config, name) < least:
-            raise UserError(f"{name} {getattr(config, name)} is too small: choose {least} or more.")
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {getattr(config, name)} is too small: choose {least} or more.")
+
+
+def _require_held_out(sources: list[tuple[str, Source]]) -> None:
+    """Refuse files that are to be trained on and validated on."""
+    files = [(role, unit.path) for role, source in sources for unit in source.units if isinstance(unit, FileUnit)]
+    held_out = {path.resolve() for role, path in files if role == VALIDATION}
+    for role, path in files:
+        if role == TRAIN and path.resolve() in held_out:
+            raise UserError(f"{path} is in --source and in --validation-source: leave it out of one of them.")
 
 
 def _settings(
@@ -226,15 +237,25 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """Name of the first setting that differs, with both values."""
     for name in new:
         if old.get(name) != new[name]:
-            before, after = (json.dumps(value)[:200] for value in (old.get(name), new[name]))
-            return f"{name} ({before} then, {after} now)"
+            before, after = (_shown(value) for value in (old.get(name), new[name]))
+            return f"{name} ({before} then, {after} now{', changed' * (before == after)})"
     return None
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):  # sources
+        sizes = ("files", "bytes")
+        return (
+            " and ".join(", ".join(f"{v[k]:,} {k}" for k in sizes if k in v) or str(v.get("name")) for v in value)
+            or "none"
+        )
+    return json.dumps(value)[:200]
 
 
 def _other_settings(out: Path, difference: str) -> UserError:
     return UserError(
-        f"{out} was prepared with another {difference}: choose another --out, restore the setting, "
-        "or give --overwrite to start afresh."
+        f"{out} was prepared with another {difference}: choose another --out, or restore the setting; "
+        "prepare --overwrite starts afresh."
     )
 
 

@@ -13,6 +13,7 @@ import json
 import lzma
 import os
 import re
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ class FileUnit:
                 texts = self._objects(stream, skip)
             else:
                 if not skip:
-                    yield Document(_plain_text(stream), self.n_bytes)
+                    yield Document(_plain_text(self.path, stream), self.n_bytes)
                 return
             for text in texts:
                 yield Document(iter((text,)), raw.tell())
@@ -332,11 +333,16 @@ class _ZstdReader(io.RawIOBase):
         return n
 
 
-def _plain_text(stream: IO[bytes]) -> Iterator[str]:
+def _plain_text(path: Path, stream: IO[bytes]) -> Iterator[str]:
     """Blocks of a text file; bytes that are not UTF-8 become U+FFFD, one odd file must not end a long run."""
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
+    unread = 0
     while block := text.read(_BLOCK):
+        unread += block.count("\ufffd")
         yield block
+    if unread:
+        message = f"{path} is not UTF-8: {unread:,} characters became U+FFFD; convert it (iconv) or leave it out."
+        warnings.warn(message, stacklevel=2)
 
 
 def _json_values(stream: IO[str], fault: Callable[[int, ValueError], UserError]) -> Iterator[tuple[int, Any]]:

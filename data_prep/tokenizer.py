@@ -74,10 +74,10 @@ class TokenizerFile:
             if id_ is not None:
                 return int(id_)
         if eod_token:
-            raise UserError(f"the tokenizer has no token {eod_token!r}: name one of its tokens with --eod_token.")
+            raise UserError(f"the tokenizer has no token {eod_token!r}: name one of its tokens with --eod-token.")
         raise UserError(
             f"the tokenizer has no end-of-document token (neither {END_OF_TEXT} nor an eos token): "
-            "name one of its tokens with --eod_token."
+            "name one of its tokens with --eod-token."
         )
 
 
@@ -131,7 +131,7 @@ def training_size(spec: str) -> int:
     """Vocabulary size that a "bpe:<number>" asks for; UserError where it is something else."""
     kind, _, number = spec.partition(":")
     if kind != "bpe" or not number.isdecimal() or int(number) < 257:
-        raise UserError(f"train_tokenizer {spec!r} is not bpe:<number of ids, 257 or more>: use for example bpe:4096.")
+        raise UserError(f"--train-tokenizer {spec!r} is not bpe:<number of ids, 257 or more>: use say bpe:4096.")
     return int(number)
 
 

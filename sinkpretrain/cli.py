@@ -5,6 +5,7 @@ A command's module is imported when it is called, so that ``--help`` and mistake
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 from sinkpretrain import __version__
 from sinkpretrain.errors import TRY_AGAIN, LostProcessError, UserError, meant
+from sinkpretrain.files import UNWRITABLE
 from sinkpretrain.signals import PROCESS
 
 
@@ -70,22 +72,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sinkpretrain {arguments[0]}: {error}", file=sys.stderr)
         return TRY_AGAIN
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+        on_gpu = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported for this
+        why = str(error).partition("DefaultCPUAllocator: ")[0 if on_gpu else 2].partition(". ")[0]
+        if not why:
             raise
-        why = str(error).partition(". ")[0]
-        print(
-            f"sinkpretrain {arguments[0]}: the GPU's memory is full ({why}); use a smaller batch, 16-bit numbers or "
-            f"the CPU: see sinkpretrain {arguments[0]} --help.",
-            file=sys.stderr,
-        )
+        full = "the GPU's memory is full" if on_gpu else "there is not enough memory"
+        less = "a smaller batch, 16-bit numbers or the CPU" if on_gpu else "smaller batches or shorter inputs"
+        text = f"{full} ({why}); use {less}: see sinkpretrain {arguments[0]} --help."
+        print(f"sinkpretrain {arguments[0]}: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"sinkpretrain {arguments[0]}: {stop or 'stopped.'}", file=sys.stderr)
+        print(f"sinkpretrain {arguments[0]}: {str(stop) or 'stopped.'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        # Met where no command looked for it.
+        if error.filename is None or error.errno not in (*UNWRITABLE, errno.ENOSPC, errno.EDQUOT):
+            raise
+        why = os.strerror(error.errno).lower()
+        text = f"{error.filename}: {why}; choose a place you can write to."
+        print(f"sinkpretrain {arguments[0]}: {text}", file=sys.stderr)
+        return 2
 
 
 def find(name: str) -> Command:

@@ -56,7 +56,8 @@ class Parser(jsonargparse.ArgumentParser):
         try:
             values: dict[str, Any] = self.parse_args(arguments).as_dict()
         except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-            raise UserError(_one_sentence(str(error))) from error
+            positional = {a.dest for a in self._actions if not a.option_strings}
+            raise UserError(_one_sentence(str(error), positional)) from error
         return values
 
     def _gathered(self, arguments: list[str]) -> list[str]:
@@ -93,7 +94,7 @@ def _underscored(argument: str) -> str:
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
 
 
-def _one_sentence(text: str) -> str:
+def _one_sentence(text: str, positional: set[str]) -> str:
     """jsonargparse explains over several lines; the first names the setting and the last says why."""
     wrong = re.search(
         r"key \"([\w.]+)\".*Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.+?)\])\. Got value: (.*)",
@@ -104,6 +105,9 @@ def _one_sentence(text: str) -> str:
         flag, kind, choices, value = wrong.groups()
         wanted = kind or f"one of {choices}"
         return f"--{flag.replace('_', '-')} must be {wanted}, not {value.strip()!r}."
+    if missing := re.search(r"the following arguments are required: (.*)", text):
+        names = [n if n in positional else f"--{n.replace('_', '-')}" for n in missing.group(1).split(", ")]
+        return f"{' and '.join(names)} must be given; see --help."
     lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")]
     return " ".join(dict.fromkeys((lines[0], lines[-1]))).rstrip(".") + "; see --help." if lines else text
 
@@ -114,7 +118,7 @@ def _arguments(
     """Parse ``argv`` by the signature of ``function``, whose parameters without a default are positional."""
     parser = Parser(command, description=(function.__doc__ or "").partition("\n\n")[0])
     parser.list_flags = lists
-    parser.add_function_arguments(function, as_positional=True)
+    parser.add_function_arguments(function, as_group=False, as_positional=True)
     return parser.parse(argv)
 
 
@@ -143,6 +147,13 @@ def prepare(argv: Sequence[str]) -> int:
     return 0
 
 
+_OF_A_RUN = {
+    "train": "Train a model; the same command continues an interrupted run.",
+    "doctor": "Check data, disk, devices, connections and the mechanism's arithmetic for the training that the flags "
+    "describe (those of train), and change nothing; on a cluster, start it with srun as the training would be.",
+}
+
+
 def load_run_config(argv: Sequence[str]) -> RunConfig:
     """The configuration of a run: recipes (``--config``, later ones win), then dotted overrides; raises UserError."""
     return parse_run(argv)[0]
@@ -166,8 +177,8 @@ def parse_run(argv: Sequence[str], command: str = "train") -> tuple[RunConfig, b
             arguments.append(argument)
     parser = Parser(
         command,
-        description="Train a model; the same command continues an interrupted run. --config takes files or the names "
-        "of recipes that come with the package (pythia-160m, one-sink-token, ...), several separated by commas.",
+        description=f"{_OF_A_RUN[command]} --config takes files or the names of recipes that come with the package "
+        "(pythia-160m, one-sink-token, ...), several separated by commas.",
     )
     parser.add_argument("--experiment", type=str, help="file of an experiment (see submit): take the flags of one run")
     parser.add_argument("--member", type=int, help="which of its runs, from 0")
@@ -237,19 +248,24 @@ def stream(argv: Sequence[str]) -> int:
 
     values = _arguments("stream", run, argv)
     results = run(**values)
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     from sinkpretrain.evaluate import table
 
     head, rows, note = table(results)
-    shown = Table(title=f"{results['model']['name']}, {results['tokens']['count']:,} tokens", caption=note)
-    for name in head:
-        shown.add_column(name, overflow="fold")
+    console = Console() if Console().is_terminal else Console(width=120)
+    narrow = console.width < 100  # no room for the speed, nor for lines between columns
+    title = f"{results['model']['name']}, {results['tokens']['count']:,} tokens"
+    shown = Table(title=title, caption=note, box=box.HORIZONTALS if narrow else box.HEAVY_HEAD)
+    columns = list(zip(head, *rows, strict=True))[: -1 if narrow else None]
+    for name, *cells in columns:
+        whole = name in ("setting", "95 %")  # not broken, unless very long
+        shown.add_column(name, overflow="fold", min_width=min(16, max(map(len, cells))) if whole else None)
     for row in rows:
-        shown.add_row(*row)
-    console = Console()
-    Console(width=None if console.is_terminal else 120).print(shown)
+        shown.add_row(*row[: len(columns)])
+    console.print(shown)
     print(f"written to {values['out']}: results.json, stream.png, and nll.npy for each setting")
     return 0
 
@@ -320,10 +336,13 @@ def generate(argv: Sequence[str]) -> int:
 
 
 def export(argv: Sequence[str]) -> int:
+    import transformers
+
     from sinkpretrain.export import export as run
     from sinkpretrain.exporters import FORMS
 
     values = _arguments("export", run, argv)
+    transformers.utils.logging.disable_progress_bar()  # of weights read back in no time
     exported = run(**values)
     print(f"exported to {exported.folder}, reloaded and checked: {FORMS[exported.form]}.")
     print(f"{exported.folder / 'README.md'} says how to load it.")

@@ -75,13 +75,10 @@ class ModelConfig:
             raise UserError(
                 f"model.vocab_size {vocab} is smaller than the tokenizer's {size} ids; raise it or set it to 0."
             )
-        for name in ("n_layer", "d_model", "n_head", "context"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"model.{name} must be positive, not {getattr(self, name)}.")
-        if self.window < 0 or self.window_sinks < 0 or (self.window_sinks and not self.window):
+        require_ranges(self, "model.")
+        if self.window_sinks and not self.window:
             raise UserError(
-                f"model.window {self.window} with model.window_sinks {self.window_sinks}: neither can be negative, and "
-                "pinned sinks need a window; set model.window, or model.window_sinks to 0."
+                f"model.window_sinks {self.window_sinks} needs a window; set model.window, or model.window_sinks to 0."
             )
         if self.d_model % self.n_head:
             raise UserError(
@@ -105,7 +102,7 @@ class SinkConfig:
     """Which sink mechanism, and its options.
 
     Args:
-        mechanism: name in the registry of ``sinkpretrain.sinks``.
+        mechanism: its name, as ``sinkpretrain list`` shows it.
         options: keyword arguments of the mechanism's class, e.g. ``{n: 2}`` for two sink tokens.
     """
 
@@ -120,7 +117,7 @@ class DataConfig:
     Args:
         path: directory written by ``sinkpretrain prepare``, or prefix of a Megatron/GPT-NeoX ``.bin``/``.idx`` pair.
         validation_path: prefix of another pair to validate on; by default the directory's validation split.
-        batch_size: samples per optimizer step, over all devices ([P]: 256).
+        batch_size: samples per optimizer step, over all devices (StreamingLLM's run: 256).
         seed: seed of the shuffle; not the seed of the initial weights.
         shuffle: permute the samples of each epoch; by default yes, except for files whose rows are samples already
             (Pythia's pre-shuffled ones), which are read in their own order.
@@ -145,7 +142,7 @@ class OptimizerConfig:
     """AdamW and its schedule ([Pythia]: betas, eps, decay, clipping, warm-up and the tenfold cosine decay).
 
     Args:
-        lr: peak learning rate ([Pythia], 160M: 6e-4).
+        lr: peak learning rate (Pythia-160M: 6e-4).
         min_lr: learning rate at the last step.
         warmup: linear warm-up, as a share of all steps.
         schedule: shape after the warm-up; ``constant`` stays at ``lr``.
@@ -172,7 +169,7 @@ class TrainingConfig:
     """How long, on what, how fast.
 
     Args:
-        steps: optimizer steps ([P]: 143,000).
+        steps: optimizer steps (StreamingLLM's run: 143,000).
         micro_batch: most samples per device and backward pass; a step accumulates as many passes as it needs.
         seed: seed of the initial weights; not the seed of the data order.
         precision: Lightning's precision plugin; weights stay fp32 under ``bf16-mixed``.
@@ -215,13 +212,14 @@ class LogConfig:
     """What is written while training, and how often (in steps; 0 means never).
 
     Args:
-        every: flush of the per-step metrics, with tokens/s and FLOP/s.
-        validate_every: validation on the fixed set.
-        probe_every: attention measures on a few validation samples.
-        checkpoint_every: checkpoints to resume from.
+        every: steps between two writes of the per-step metrics, with tokens/s and FLOP/s.
+        validate_every: steps between two validations on the fixed set; 0 means at the end only.
+        probe_every: steps between two attention measures on a few validation samples; 0 means at the end only.
+        checkpoint_every: steps between two checkpoints to resume from; 0 means at the end only.
         keep: how many of those are kept.
         keep_doubling: beside them, keep the checkpoints at 1, 2, 4, 8, ... times ``checkpoint_every``.
-        weights_every: weights kept for good, beside the steps 0, 1, 2, 4, ... 512 ([Pythia]: every 1,000).
+        weights_every: steps between two weights files kept for good, beside the steps 0, 1, 2, 4, ... 512 and the last
+            (Pythia: every 1,000).
         wandb: send metrics to Weights & Biases.
         wandb_project: its project.
         progress: show a progress bar.
@@ -267,6 +265,29 @@ class RunConfig:
     def folder(self) -> str:
         """The run directory."""
         return self.out or f"runs/{self.name}"
+
+
+_LEAST = dict.fromkeys(("model.n_layer", "model.d_model", "model.n_head", "model.rope_base"), 1) | {
+    **dict.fromkeys(("data.batch_size", "training.steps", "training.micro_batch", "training.nodes"), 1),
+    "model.context": 2,
+}
+"""Least values; of every other number it is 0."""
+
+_BELOW_ONE = ("optimizer.warmup", "optimizer.beta1", "optimizer.beta2")
+
+
+def require_ranges(config: Any, where: str = "") -> None:
+    """Refuse numbers that a setting cannot have; raises UserError with its name."""
+    for entry in dataclasses.fields(config):
+        name, value = f"{where}{entry.name}", getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            require_ranges(value, f"{name}.")
+        elif isinstance(value, (int, float)):
+            least = _LEAST.get(name, 0)
+            if not value >= least:
+                raise UserError(f"{name} must be at least {least}, not {value}.")
+            if name in _BELOW_ONE and value >= 1:
+                raise UserError(f"{name} must be below 1, not {value}.")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def guarded(name: str, check: Callable[..., list[Finding]], *given: Any) -> list
 
 def describe(config: RunConfig) -> list[Finding]:
     t = config.training
-    text = f"{world_size(config)} processes on {t.nodes} nodes, {accelerator(config)}, {t.precision}, {config.out}"
+    text = f"{world_size(config)} processes on {t.nodes} nodes, {accelerator(config)}, {t.precision}, {config.folder}"
     return [Finding("configuration", True, text)]
 
 

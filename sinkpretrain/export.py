@@ -62,12 +62,12 @@ def export(
     """Write ``model`` as a folder that transformers' AutoModelForCausalLM and AutoTokenizer load.
 
     Args:
-        model: whatever ``sinkpretrain.load.load_model`` takes.
-        out: the folder to make.
+        model: run directory, checkpoint or weights file.
+        out: folder to make.
         dtype: of the stored weights.
         architecture: stock is transformers' own GPT-NeoX class, own that of this package; auto takes stock where it
             computes the same.
-        overwrite: replace ``out`` if it is an earlier export.
+        overwrite: replace the folder if it is an earlier export.
         note: what the files do not know, such as which text the model was trained on; a paragraph of the model card.
 
     Raises:
@@ -106,7 +106,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
     if not out.exists():
         return
     if not overwrite:
-        raise UserError(f"{out} exists already; choose another folder or give overwrite.")
+        raise UserError(f"{out} exists already; choose another folder or give --overwrite.")
     # Replacing means deleting: a mistyped path must not cost anyone a run directory or a home directory.
     if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
         raise UserError(f"{out} is not a Hugging Face folder and is not overwritten; choose another folder.")

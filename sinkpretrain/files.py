@@ -27,6 +27,10 @@ _UMASK = _umask()
 """Read once, at import, while there is one thread: it can only be read by setting it."""
 
 
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+"""What a path is that cannot be written to: not allowed, on a read-only disk, below a file or a file itself."""
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` fill a temporary file, sync it to disk, then put it in place of ``path`` in one step.
 
@@ -47,7 +51,8 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             os.replace(temporary, path)
             sync_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -108,8 +113,9 @@ def disk_faults(path: Path) -> Iterator[None]:
                 f"cannot write {path}: the disk is full; free some space and give the same command again "
                 "(what was there before is intact)."
             ) from error
-        if isinstance(error, PermissionError):
-            raise UserError(f"cannot write {path}: permission denied; choose a folder you can write to.") from error
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            why = os.strerror(error.errno).lower()
+            raise UserError(f"cannot write {path}: {why}; choose a folder you can write to.") from error
         raise
 
 

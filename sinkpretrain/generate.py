@@ -283,10 +283,16 @@ def read_prompt(prompt: str, prompt_file: str, interactive: bool) -> str:
     if prompt_file:
         try:
             return Path(prompt_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the prompt {prompt_file}: {error}") from error
+        except OSError as error:
+            raise UserError(f"cannot read the prompt {prompt_file}: {error.strerror}; check the path.") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"the prompt {prompt_file} is not UTF-8 ({error.reason}); convert it (iconv).") from error
     if not prompt and not interactive and not sys.stdin.isatty():
-        return sys.stdin.read()
+        try:
+            prompt = sys.stdin.read()
+            prompt.encode()  # where Python reads what is not UTF-8 without a word
+        except UnicodeError as error:
+            raise UserError(f"the prompt on stdin is not UTF-8 ({error}); convert it (iconv).") from error
     return prompt
 
 

@@ -206,8 +206,10 @@ def read_checkpoint(file: Path, map_location: Any = "cpu", mmap: bool = True) ->
     """
     try:
         if not zipfile.is_zipfile(file):
-            raise UserError(f"cannot read the checkpoint {file}: it is cut short or not a checkpoint.")
+            raise UserError(f"cannot read the checkpoint {file}: it is cut short or not a checkpoint; use another.")
         checkpoint: Any = torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{file} was not loaded: it holds objects that could run code, which no checkpoint of sinkpretrain does; "

@@ -7,6 +7,10 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+
+ROOMY = 120
+"""Columns of a terminal from which there is room for a bar and the time so far."""
 
 PLAIN_SECONDS = 10.0
 """How often a line is printed where no terminal can show a bar."""
@@ -23,16 +27,20 @@ class ProgressBar:
         self.done, self.note = 0, ""
         self._enabled = enabled
         self._started = self._printed = time.monotonic()
+        self._shown: tuple[int, str] | None = None
         self._bar: Progress | None = None
         if enabled and sys.stderr.isatty():
+            console = Console(stderr=True)
+            roomy = console.width >= ROOMY
             self._bar = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
+                *([BarColumn(bar_width=24)] if roomy else []),
                 TextColumn("{task.fields[count]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True),
+                *([TimeElapsedColumn(table_column=Column(no_wrap=True))] if roomy else []),
+                TimeRemainingColumn(table_column=Column(no_wrap=True)),
+                TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, ratio=1)),
+                console=console,
+                expand=True,  # the note has what the others leave, and is what is cut
             )
             self._task = self._bar.add_task(title, total=total or None, count=self._count(), note="")
 
@@ -58,10 +66,10 @@ class ProgressBar:
         return f"{self.done:,}{f'/{self.total:,}' if self.total else ''} {self.unit}"
 
     def _line(self, final: bool = False) -> None:
-        now = time.monotonic()
-        if not self._enabled or (not final and now - self._printed < PLAIN_SECONDS):
+        now, shown = time.monotonic(), (self.done, self.note)
+        if not self._enabled or (shown == self._shown if final else now - self._printed < PLAIN_SECONDS):
             return
-        self._printed = now
+        self._printed, self._shown = now, shown
         seconds = now - self._started
         text = f"{self.title}: {self._count()}, {seconds:.0f} s {self.note}"
         print(text.rstrip(), file=sys.stderr, flush=True)

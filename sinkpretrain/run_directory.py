@@ -78,13 +78,15 @@ def note_attempt(run: Path, device: str, step: int) -> None:
 
 
 def _belongs(run: Path, config: RunConfig, tokens: Tokens, allow_changes: bool) -> dict[str, Any] | None:
-    """What run.json says, if the run directory is this configuration's; None if there is none yet; else UserError."""
+    """What run.json says, if the run directory is this configuration's; None if nothing began there; else UserError."""
     config_file = run / "config.yaml"
     if not config_file.is_file():
         begun = {"run.json", "tokenizer.json", "lock"}  # a process that was killed before the first step
         if run.is_dir() and any(p.name not in begun and not p.name.endswith(".tmp") for p in run.iterdir()):
             raise UserError(f"{run} holds something else than a run; choose another --out.")
         return None
+    if not (run / "weights").is_dir() and not (run / "checkpoints").is_dir():
+        return None  # it failed before it began: nothing there is of worth
     fields = differences(load_yaml(RunConfig, config_file), config)
     fixed = [f for f in fields if f.startswith(NEVER_TO_CHANGE)]
     if fields and (fixed or not allow_changes):

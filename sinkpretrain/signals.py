@@ -18,11 +18,12 @@ class StopRequest:
     """``requested`` becomes True on the first SIGINT, SIGTERM or SIGUSR1; a second SIGINT ends the process at once.
 
     Saving inside a signal handler can deadlock or meet half-updated weights, so the handler only takes a note. Later
-    signals change nothing: the first one says why the run stops.
+    signals change nothing: the first one says why the run stops. Nor do any once the run is ``over``.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.over = False
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
@@ -37,6 +38,7 @@ class StopRequest:
         """Take over the signals (main thread only; elsewhere nothing happens); one that was blocked arrives now."""
         if threading.current_thread() is not threading.main_thread():
             return
+        self.over = False
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._note)
         # The job scripts block signals until here, because one that arrives while Python starts would end the process.
@@ -48,6 +50,8 @@ class StopRequest:
         self._previous = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.over:
+            return
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         if self.signal is not None:

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -31,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sinkpretrain import attempts, metrics, sinks, slurm
 from sinkpretrain.checkpoint import AtomicCheckpointIO, BackgroundWriter, newest_checkpoint
-from sinkpretrain.config import MAX_SINK_TOKENS, RunConfig, to_dict
+from sinkpretrain.config import MAX_SINK_TOKENS, RunConfig, require_ranges, to_dict
 from sinkpretrain.data import Batch, Samples, Stream, Tokens, fingerprint, open_data, training_order
 from sinkpretrain.device import device_memory, total_memory
 from sinkpretrain.errors import LostProcessError, SettingHasNoEffect, UserError
@@ -101,6 +102,7 @@ def train(config: RunConfig, allow_changes: bool = False, stop: StopRequest | No
             "same command goes on from the last checkpoint."
         ) from error
     finally:
+        stop.over = True
         if mine:
             stop.uninstall()
 
@@ -140,16 +142,29 @@ def _train(config: RunConfig, allow_changes: bool, stop: StopRequest) -> TrainRe
             note_attempt(run, accelerator(config), done)
             metrics.truncate(run, done if checkpoint else -1)
             start = f"resuming at step {done:,}" if checkpoint else "training"
-            print(f"{config.name}: {start} of {config.training.steps:,}, in {run}", flush=True)
+            print(f"{config.name}: {start} of {config.training.steps:,} steps, in {run}", flush=True)
         with warnings.catch_warnings():
             for text in _EXPECTED_WARNINGS:
                 warnings.filterwarnings("ignore", message=text)
             module, trainer = build(config, tokens, stop, facts(config, tokens, checkpoint))
             data = TokenData(config, tokens, module)
             path = str(checkpoint) if checkpoint else None
-            with device_memory(lambda: short_of_memory(config)):
+            with device_memory(lambda: short_of_memory(config)), _left_at_once(run):
                 trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
         return _leave(run, config, module, trainer)
+
+
+@contextlib.contextmanager
+def _left_at_once(run: Path) -> Iterator[None]:
+    """A second Ctrl-C, which Lightning turns into an exit without a word, says what a restart will go on from."""
+    try:
+        yield
+    except SystemExit as leaving:
+        if not isinstance(leaving.__context__, KeyboardInterrupt):
+            raise
+        step = attempts.saved_step(run)
+        text = f"stopped without saving; the same command goes on from step {step:,}."
+        raise KeyboardInterrupt(text) from leaving
 
 
 def _leave(run: Path, config: RunConfig, module: PretrainModule, trainer: L.Trainer) -> TrainResult:
@@ -170,8 +185,7 @@ def _leave(run: Path, config: RunConfig, module: PretrainModule, trainer: L.Trai
     if module.ranks.size > 1:
         dist.destroy_process_group()  # while Python is whole: threads of gloo that outlive it abort the process
     # The first process launched the others by itself, and would be killed if one of them ended with a code.
-    launched_here = isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
-    helper = launched_here and not trainer.is_global_zero
+    helper = _started_by_hand(trainer) and not trainer.is_global_zero
     return TrainResult(run, step, finished, None if helper else module.stopped_by or None, module.ranks.size)
 
 
@@ -213,13 +227,15 @@ _EXPECTED_WARNINGS = (
 
 def resolve(config: RunConfig, tokens: Tokens) -> RunConfig:
     """Fill in what the data decide and check that the parts fit; raises UserError."""
+    require_ranges(config)
     known = None
     if tokens.manifest is not None:
         known = tokens.manifest.tokenizer_size
         if config.model.tokenizer_size not in (0, known):
             raise UserError(
                 f"model.tokenizer_size is {config.model.tokenizer_size}, but {config.data.path} was prepared with a "
-                f"tokenizer of {known} ids; use that tokenizer's size, or 0 to take it from the data."
+                f"tokenizer of {known} ids; to take both sizes from the data, give --model.tokenizer-size 0 "
+                "--model.vocab-size 0."
             )
         if tokens.tokenizer and sha256_file(tokens.tokenizer) != tokens.manifest.tokenizer_sha256:
             raise UserError(
@@ -235,12 +251,13 @@ def resolve(config: RunConfig, tokens: Tokens) -> RunConfig:
         )
     name = config.name or (Path(config.out).name if config.out else sinks.label(config.sink))
     world = world_size(config)
-    if config.data.batch_size < 1 or config.data.batch_size % world:
+    if config.data.batch_size % world:
         raise UserError(
             f"data.batch_size {config.data.batch_size} does not divide over {world} processes; use a multiple."
         )
-    if config.training.micro_batch < 1 or config.training.steps < 1:
-        raise UserError("training.micro_batch and training.steps must be at least 1.")
+    o = config.optimizer
+    if o.schedule == "cosine" and o.min_lr > o.lr:
+        raise UserError(f"optimizer.min_lr {o.min_lr:g} is above optimizer.lr {o.lr:g}; lower it, a tenth is usual.")
     Samples(tokens.train, model, ())  # large enough?
     if model.window and model.window + model.window_sinks >= model.context - 1:
         message = f"model.window hides nothing from a token of a sample of {model.context}; it only matters in streams."
@@ -390,6 +407,12 @@ def build(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
+    one_node = _started_by_hand(trainer) and not {"NODE_RANK", "GROUP_RANK"} & os.environ.keys()
+    if config.training.nodes > 1 and one_node:  # it would wait for the others
+        raise UserError(
+            f"training.nodes is {config.training.nodes}, but nothing started this command on several nodes; put srun "
+            "in front of it, or set training.nodes to 1."
+        )
     # Lightning's own handlers talk to other processes from inside a signal, which can deadlock, and requeue too early.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     clock = slurm.time_left(config.training.stop_margin) if _rank() == 0 else None
@@ -401,6 +424,11 @@ def build(
             shares = functools.partial(validation_share, held_out, count, config, trainer)
             module.set_validation(shares, probe_ids(held_out), probe_ids(held_out, LONG_SAMPLES, config.model.context))
     return module, trainer
+
+
+def _started_by_hand(trainer: L.Trainer) -> bool:
+    """Whether no launcher started the processes: the first one starts the others of its node."""
+    return isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
 
 
 def validation_share(samples: Samples, count: int, config: RunConfig, trainer: L.Trainer) -> list[Batch]:

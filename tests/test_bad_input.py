@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ from test_train import STEPS, config, record, same
 
 from sinkpretrain import checkpoint, lit, metrics
 from sinkpretrain.cli import main
-from sinkpretrain.config import RunConfig
+from sinkpretrain.config import RunConfig, save_yaml
 from sinkpretrain.errors import UserError
+from sinkpretrain.signals import PROCESS
 from sinkpretrain.train import train
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts file systems")
@@ -176,6 +178,56 @@ def test_values_of_the_wrong_type_are_named(flag: str, sentence: str, tmp_path: 
     assert sentence in error
     assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--training.steps=-3", "training.steps must be at least 1, not -3"),
+        ("--training.nodes=0", "training.nodes must be at least 1, not 0"),
+        ("--training.devices=-2", "training.devices must be at least 0, not -2"),
+        ("--data.batch-size=0", "data.batch_size must be at least 1, not 0"),
+        ("--data.seed=-1", "data.seed must be at least 0, not -1"),
+        ("--model.context=1", "model.context must be at least 2, not 1"),
+        ("--optimizer.lr=-0.1", "optimizer.lr must be at least 0, not -0.1"),
+        ("--optimizer.beta1=1.5", "optimizer.beta1 must be below 1, not 1.5"),
+        ("--optimizer.warmup=2", "optimizer.warmup must be below 1, not 2.0"),
+        ("--log.checkpoint-every=-5", "log.checkpoint_every must be at least 0, not -5"),
+        ("--optimizer.lr=1e-5", "optimizer.min_lr 0.0003 is above optimizer.lr 1e-05; lower it"),
+        ("--training.nodes=2", "training.nodes is 2, but nothing started this command on several nodes"),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused_and_the_next_try_starts_afresh(
+    flag: str, message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    save_yaml(config(data, tmp_path / "run", steps=2), recipe)
+    assert main(["train", "--config", str(recipe), flag]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert main(["train", "--config", str(recipe), "--data.seed=5"]) == 0
+
+
+def test_a_second_ctrl_c_says_what_a_restart_goes_on_from(data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    save_yaml(config(data, tmp_path / "run"), recipe)
+
+    def twice() -> None:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(lit.PretrainModule, "on_train_batch_end", after_step(8, twice))
+    monkeypatch.setattr(PROCESS, "signal", None)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert main(["train", "--config", str(recipe)]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
+    assert "stopped without saving; the same command goes on from step 6." in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(["train", "--config", str(recipe)]) == 0
+    assert [x["step"] for x in record(tmp_path / "run") if x["kind"] == "train"] == list(range(1, STEPS + 1))
 
 
 def test_strange_paths_work(undisturbed: Path) -> None:

@@ -106,6 +106,18 @@ def test_a_full_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert main(["zero-shot", "model"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("sinkpretrain zero-shot: the GPU's memory is full (CUDA out of memory); use a smaller batch")
+
+
+def test_a_full_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(arguments: list[str]) -> int:
+        torch.empty(1 << 60, dtype=torch.uint8)
+        return 0
+
+    monkeypatch.setattr("sinkpretrain.commands.zero_shot", full)
+    assert main(["zero-shot", "model"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("sinkpretrain zero-shot: there is not enough memory (can't allocate memory: you tried to")
+    assert len(said.splitlines()) == 1
     assert said.count("\n") == 1
 
 

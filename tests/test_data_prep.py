@@ -216,7 +216,7 @@ def test_repeated_changed_and_overwritten(
     with pytest.raises(UserError, match=r"another seed \(0 then, 1 now\)"):
         prepare(configure(corpus, seed=1))
     other = write_jsonl(corpus.with_name("other.jsonl"), make_texts(20, seed=3))
-    with pytest.raises(UserError, match="another source"):
+    with pytest.raises(UserError, match=r"another source \(1 files, [\d,]+ bytes then, 1 files, [\d,]+ bytes now\)"):
         prepare(configure(other))
     assert prepare(configure(other, overwrite=True)).split("train").documents < 20
     assert verify(config.out) == []
@@ -465,13 +465,14 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     ("options", "message"),
     [
         ({"source": []}, "no source given"),
+        ({"source": [""]}, "no source given"),
         ({"source": ["no/such/file.txt"]}, r"source no/such/file\.txt matches no file"),
-        ({"tokenizer": None}, "either --tokenizer or --train_tokenizer"),
+        ({"tokenizer": None}, "either --tokenizer or --train-tokenizer"),
         ({"train_tokenizer": "bpe:400"}, "and not both"),
         ({"tokenizer": None, "train_tokenizer": "bpe:100"}, "is not bpe:<number"),
         ({"tokenizer": "missing/tokenizer.json"}, "does not exist"),
         ({"eod_token": "<nothing>"}, "no token '<nothing>'"),
-        ({"validation_fraction": 1.0}, "validation_fraction 1.0"),
+        ({"validation_fraction": 1.0}, "--validation-fraction 1.0"),
         ({"workers": -1}, "workers -1 is too small"),
     ],
 )
@@ -484,6 +485,17 @@ def test_bad_settings(
     with pytest.raises(UserError, match=message):
         prepare(config)
     assert not config.out.exists()
+
+
+def test_text_to_train_on_is_not_text_to_validate_on(corpus: Path, configure: Callable[..., PrepareConfig]) -> None:
+    with pytest.raises(UserError, match=r"in --source and in --validation-source"):
+        prepare(configure(corpus, validation_source=[str(corpus.parent / "*.jsonl")]))
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path: Path, configure: Callable[..., PrepareConfig]) -> None:
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9 au lait, d\u00e9j\u00e0".encode("latin-1"))
+    with pytest.warns(UserWarning, match=r"latin\.txt is not UTF-8: 3 characters became U\+FFFD"):
+        prepare(configure(tmp_path / "latin.txt", validation_fraction=0.0))
 
 
 # Tokenizers

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sinkpretrain.cli import main
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import read_json, sha256_file, write_atomically, write_json
 
@@ -48,3 +49,17 @@ def test_files_are_as_readable_as_any_other(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("x")
     write_json(tmp_path / "a.json", {})
     assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_place_that_cannot_be_written_to_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"cannot write .*: file exists; choose a folder"):
+        write_json(tmp_path / "file" / "x.json", {})
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_whatever_a_command_did_not_expect_of_the_disk_is_one_sentence(tmp_path: Path, capsys) -> None:
+    (tmp_path / "a.txt").write_text("some words here")
+    arguments = ["prepare", "--source", str(tmp_path / "a.txt"), "--train-tokenizer", "bpe:300", "--out"]
+    assert main([*arguments, str(tmp_path / "a.txt" / "out")]) == 2
+    assert capsys.readouterr().err.strip().endswith("not a directory; choose a place you can write to.")

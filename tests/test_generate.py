@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -120,6 +121,17 @@ def test_mistakes_are_one_sentence(words: str, sentence: str, run: Path, capsys:
     assert sentence in captured.err
     assert len(captured.err.strip().splitlines()) == 1
     assert captured.out == ""
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_prompt_that_is_not_utf8_is_refused(errors: str, run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    prompt = "caf\u00e9".encode("latin-1")
+    (tmp_path / "latin.txt").write_bytes(prompt)
+    assert main(["generate", str(run), "--prompt-file", str(tmp_path / "latin.txt")]) == 2
+    assert "latin.txt is not UTF-8" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt), encoding="utf-8", errors=errors))
+    assert main(["generate", str(run)]) == 2
+    assert "the prompt on stdin is not UTF-8" in capsys.readouterr().err
 
 
 def test_another_tokenizer_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

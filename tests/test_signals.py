@@ -38,6 +38,8 @@ def test_a_second_interrupt_ends_at_once() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+        stop.over = True
+        signal.raise_signal(signal.SIGINT)  # all is written: nothing to end
     finally:
         stop.uninstall()
 
