@@ -338,9 +338,8 @@ class PretrainModule(L.LightningModule):
         }
         self._pending = []
         self._clock, self._clock_step = time.perf_counter(), last_step
-        for event in self._guard.events(lines):
-            self._write([event])
-        self._write(lines)
+        # An event stands in front of its step, wherever flushes fall: a resumed run's record is the same.
+        self._write(sorted(self._guard.events(lines) + lines, key=lambda line: int(line["step"])))
         self._guard.check()
         loss = "not finite" if lines[-1]["loss"] is None else f"{lines[-1]['loss']:.3f}"
         self._bar.update(last_step, f"loss {loss}  {tokens_per_second:,.0f} tokens/s{self._last_validation}")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from data_factory import make_data
-from test_train import config, record, run_command
+from test_train import config, record, run_command, stop_after
 
 from sinkpretrain import lit, metrics
 from sinkpretrain.data import Samples, open_data, training_order
@@ -85,6 +85,17 @@ def test_a_step_that_is_not_finite_changes_nothing(value: float, tmp_path: Path,
     assert skipped["samples"] == order(3 * 8, 8).tolist()
     for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         json.loads(text, parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
+
+
+def test_a_stop_before_a_skipped_step_leaves_the_same_record(tmp_path: Path, monkeypatch) -> None:
+    whole, stopped = (config(make_data(tmp_path / f"data-{name}"), tmp_path / name, steps=8) for name in "ab")
+    monkeypatch.setattr(lit.PretrainModule, "loss", poison((8,), math.nan))
+    train(whole)
+    with monkeypatch.context() as m:
+        stop_after(7, m)  # the record is written every four steps
+        train(stopped)
+    train(stopped)
+    assert record(tmp_path / "a") == record(tmp_path / "b")
 
 
 def test_too_many_in_a_row_end_the_run(tmp_path: Path, monkeypatch) -> None:
