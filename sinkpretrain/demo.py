@@ -87,6 +87,8 @@ def demo(out: str = "demo", text: str = "", steps: int = 300, paper: bool = True
     from sinkpretrain.compare import compare, print_table
     from sinkpretrain.train import train
 
+    if steps < 1:
+        raise UserError(f"--steps must be at least 1, not {steps}.")
     console, started, folder = Console(), time.monotonic(), Path(out)
     sources = [text] if text else standard_library()
     at_hand = all((MODELS / name / "config.json").is_file() for name in TRAINED)

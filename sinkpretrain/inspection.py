@@ -170,7 +170,7 @@ def inspect_loaded(
     sentences = sequences(net, ids, SENTENCES, SENTENCE + len(net.prefix_ids)).to(where)
     logits, columns = average_logits(net, sentences)
     return {
-        "title": f"{loaded.name} ({loaded.label})",
+        "title": loaded.name if loaded.name == loaded.label else f"{loaded.name} ({loaded.label})",
         "sequences": {"count": len(short), "length": short.shape[1], "prefix": len(net.prefix_ids)},
         "measures": measures,
         "last_query": {

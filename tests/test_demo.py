@@ -54,6 +54,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("demo") / "out"
 
 
+def test_no_steps_are_refused_before_anything_is_done(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--steps must be at least 1, not 0"):
+        demo(out=str(tmp_path / "out"), steps=0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_the_models_it_says_where_they_are(
     text: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
