@@ -134,8 +134,7 @@ def prepare(config: PrepareConfig) -> Manifest:
             _remove_if_useless(shards)
             raise
         except KeyboardInterrupt:
-            print("interrupted; the same command continues where this one stopped", file=sys.stderr)
-            raise
+            raise KeyboardInterrupt("stopped; the same command continues where this one stopped.") from None
     return manifest
 
 
