@@ -5,7 +5,6 @@ A command's module is imported when it is called, so that ``--help`` and mistake
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import sys
@@ -15,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sinkpretrain import __version__
-from sinkpretrain.errors import TRY_AGAIN, LostProcessError, UserError, meant
-from sinkpretrain.files import UNWRITABLE
+from sinkpretrain.errors import TRY_AGAIN, LostProcessError, UserError, meant, out_of_memory
+from sinkpretrain.files import UNWRITABLE, out_of_space
 from sinkpretrain.signals import PROCESS
 
 
@@ -72,12 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sinkpretrain {arguments[0]}: {error}", file=sys.stderr)
         return TRY_AGAIN
     except RuntimeError as error:
-        on_gpu = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported for this
-        why = str(error).partition("DefaultCPUAllocator: ")[0 if on_gpu else 2].partition(". ")[0]
-        if not why:
+        whose = out_of_memory(error)
+        if whose is None:
             raise
-        full = "the GPU's memory is full" if on_gpu else "there is not enough memory"
-        less = "a smaller batch, 16-bit numbers or the CPU" if on_gpu else "smaller batches or shorter inputs"
+        why = str(error).rpartition("DefaultCPUAllocator: ")[2].partition(". ")[0]
+        full = "the GPU's memory is full" if whose == "GPU" else "there is not enough memory"
+        less = "a smaller batch, 16-bit numbers or the CPU" if whose == "GPU" else "smaller batches or shorter inputs"
         text = f"{full} ({why}); use {less}: see sinkpretrain {arguments[0]} --help."
         print(f"sinkpretrain {arguments[0]}: {text}", file=sys.stderr)
         return 2
@@ -90,9 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:
         # Met where no command looked for it.
-        if error.filename is None or error.errno not in (*UNWRITABLE, errno.ENOSPC, errno.EDQUOT):
+        if error.filename is None or not (error.errno in UNWRITABLE or out_of_space(error)):
             raise
-        why = os.strerror(error.errno).lower()
+        why = str(error.strerror).lower()
         text = f"{error.filename}: {why}; choose a place you can write to."
         print(f"sinkpretrain {arguments[0]}: {text}", file=sys.stderr)
         return 2

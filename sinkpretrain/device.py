@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sinkpretrain.errors import UserError
+from sinkpretrain.errors import UserError, out_of_memory
 
 
 def choose_device(name: str) -> torch.device:
@@ -48,9 +48,9 @@ def device_memory(advice: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error):
-            raise UserError(advice()) from error
-        raise
+        if out_of_memory(error) is None:
+            raise
+        raise UserError(advice()) from error
 
 
 def peak_memory(device: torch.device) -> int:

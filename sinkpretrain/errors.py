@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Collection
+from typing import Literal
 
 
 class UserError(ValueError):
@@ -21,6 +22,13 @@ class LostProcessError(RuntimeError):
 
 class SettingHasNoEffect(UserWarning):
     """A setting was given that changes nothing in this configuration."""
+
+
+def out_of_memory(error: RuntimeError) -> Literal["GPU", "host"] | None:
+    """Whose memory is full, if that is what torch says; torch itself is not imported for this."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return "GPU"
+    return "host" if "DefaultCPUAllocator: " in str(error) else None
 
 
 def meant(name: str, known: Collection[str], known_are: str = "known:") -> str:

@@ -67,23 +67,23 @@ PROGRESS = {False: ("optimizer step", 1.0), True: ("tokens read, millions", 1e-6
 """By whether curves are drawn against tokens: the label of the axis, and what a step or token is on it."""
 
 
-Positions = tuple[NDArray[np.float64], NDArray[np.float64]]
+Running = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Numbers of tokens, and what holds for all tokens up to there."""
 
 
-def running_perplexity(nll: NDArray[np.floating]) -> Positions:
+def running_perplexity(nll: NDArray[np.floating]) -> Running:
     """The perplexity of losses [tokens]."""
     ends, means = _running_mean(nll, first=16)
     return ends, np.exp(np.minimum(means, 700.0))
 
 
-def running_change(nll: NDArray[np.floating], base: NDArray[np.floating]) -> Positions:
+def running_change(nll: NDArray[np.floating], base: NDArray[np.floating]) -> Running:
     """By how many per cent the perplexity differs from another's."""
     ends, means = _running_mean(nll.astype(np.float64) - base, first=256)
     return ends, 100 * np.expm1(np.minimum(means, 100.0))
 
 
-def _running_mean(values: NDArray[np.floating], first: int) -> Positions:
+def _running_mean(values: NDArray[np.floating], first: int) -> Running:
     ends = np.unique(np.geomspace(min(first, len(values)), len(values), 200).astype(np.int64))
     scored = np.cumsum(np.isfinite(values))[ends - 1]
     sums = np.nancumsum(values, dtype=np.float64)[ends - 1]
@@ -144,7 +144,7 @@ def change_figure(models: Models, settings: list[str], bases: Mapping[str, NDArr
 def _position_figure(
     models: Models,
     settings: list[str],
-    curve: Callable[[NDArray[np.floating], str], Positions],
+    curve: Callable[[NDArray[np.floating], str], Running],
     label: str,
 ) -> tuple[Figure, list[Axes]]:
     """Curves over token positions, a panel per cache; the figure and its panels.

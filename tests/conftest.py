@@ -11,6 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # decides at import whether kernels run on a CPU
 
+from sinkpretrain.cli import main
 from sinkpretrain.config import ModelConfig, SinkConfig
 from sinkpretrain.model import GPTNeoX
 
@@ -40,6 +41,14 @@ MECHANISMS = {
     "softpick": SinkConfig("softpick"),
     "clipped_softmax": SinkConfig("clipped_softmax", {"zeta": 1.05}),
 }
+
+
+def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command line says to a mistake: one line on stderr, and code 2."""
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
+    return error
 
 
 def peaked(model: GPTNeoX, factor: float = 10.0, seed: int = 7) -> GPTNeoX:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import refusal
 from data_factory import make_data
 from test_train import STEPS, config, record, same
 
@@ -173,10 +174,7 @@ def test_a_slow_disk_does_not_hold_the_training_up(data: Path, undisturbed: Path
     ],
 )
 def test_values_of_the_wrong_type_are_named(flag: str, sentence: str, tmp_path: Path, capsys) -> None:
-    assert main(["train", "--data.path=x", f"--out={tmp_path / 'out'}", flag]) == 2
-    error = capsys.readouterr().err
-    assert sentence in error
-    assert len(error.strip().splitlines()) == 1
+    assert sentence in refusal(["train", "--data.path=x", f"--out={tmp_path / 'out'}", flag], capsys)
     assert not (tmp_path / "out").exists()
 
 
@@ -202,10 +200,7 @@ def test_a_number_that_cannot_be_is_refused_and_the_next_try_starts_afresh(
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
     save_yaml(config(data, tmp_path / "run", steps=2), recipe)
-    assert main(["train", "--config", str(recipe), flag]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.strip().splitlines()) == 1
+    assert message in refusal(["train", "--config", str(recipe), flag], capsys)
     assert main(["train", "--config", str(recipe), "--data.seed=5"]) == 0
 
 
