@@ -157,7 +157,8 @@ class TokenFile:
     def document_bounds(self) -> NDArray[np.int64]:
         """Where documents begin, int64 [documents + 1]: document d is tokens [bounds[d], bounds[d + 1]).
 
-        A file without a document index counts every sequence as a document.
+        A file without a document index counts every sequence as a document; what an index of another maker leaves out
+        in front of its first document or behind its last is a document of its own.
 
         Raises:
             UserError: the document index points outside the file.
@@ -168,6 +169,10 @@ class TokenFile:
         doc_idx = np.asarray(self.doc_idx)
         if doc_idx[0] < 0 or doc_idx[-1] > len(self.sizes) or (np.diff(doc_idx) < 0).any():
             raise UserError(f"{_pair(self.prefix)[1]} has a document index outside the file: prepare it again.")
+        if doc_idx[0] > 0:
+            doc_idx = np.insert(doc_idx, 0, 0)
+        if doc_idx[-1] < len(self.sizes):
+            doc_idx = np.append(doc_idx, len(self.sizes))
         return starts[doc_idx]
 
 

@@ -5,6 +5,7 @@ import pickle
 import resource
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -95,6 +96,22 @@ def test_round_trip(
             writer.add_file(file, len(documents) // 2)
     for suffix in (".bin", ".idx"):
         assert prefix.with_suffix(suffix).read_bytes() == prefix.with_name("b" + suffix).read_bytes()
+
+
+def test_every_token_is_in_a_document_whatever_the_index_of_another_maker_leaves_out(tmp_path: Path) -> None:
+    with TokenWriter(tmp_path / "a", 100) as writer:
+        writer.add_documents(np.arange(12), [3, 4, 5])
+    file = TokenFile.open(tmp_path / "a")
+
+    def bounds(*doc_idx: int) -> list[int]:
+        return replace(file, doc_idx=np.array(doc_idx, dtype=np.int64)).document_bounds().tolist()
+
+    assert bounds(0, 2, 3) == [0, 7, 12]
+    assert bounds(0, 2) == [0, 7, 12]
+    assert bounds(1, 2) == [0, 3, 7, 12]
+    assert bounds() == [0, 3, 7, 12]
+    with pytest.raises(UserError, match="outside the file"):
+        bounds(0, 4)
 
 
 @settings(max_examples=40, deadline=None)
