@@ -256,7 +256,8 @@ class StableMask(Mechanism):
 
     Early queries can leave much mass there and later ones ever less, which also tells them where they stand. The
     series without end is what the authors use for inference; in training at length T it differs from their finite one
-    by the factor 1 - decay^(T - m). ``decay`` defaults to their code's.
+    by the factor 1 - decay^(T - m). ``decay`` defaults to that of their command line; the model published beside it
+    (github.com/MikaStars39/StableMask) has ALiBi's slopes instead, another for each head.
     Nothing is kept when streaming: m is the number of keys in the cache, and the query's own.
     Source: Yin et al. 2024, arXiv 2402.04779.
     """
