@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import tempfile
 import time
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from sinkpretrain.cache import Positions
 from sinkpretrain.device import choose_device, choose_dtype, device_memory, peak_memory
 from sinkpretrain.errors import UserError
-from sinkpretrain.files import read_json, write_atomically, write_json
+from sinkpretrain.files import exclusive, read_json, write_atomically, write_json
 from sinkpretrain.given_text import Text, check_ids, read_text
 from sinkpretrain.load import LoadedModel, load_model
 from sinkpretrain.progress import ProgressBar
@@ -28,7 +29,7 @@ from sinkpretrain.setting import Setting, Wanted, check_length, settings_for
 from sinkpretrain.statistics import block_bootstrap, change, t_interval
 from sinkpretrain.streaming import documents as parts_of
 
-RESULTS, FIGURE = "results.json", "stream.png"
+RESULTS, FIGURE, LOCK = "results.json", "stream.png", "lock"
 FORMAT = 1
 CONVENTION = (
     "cache x+y: a query sees the first x positions (sink tokens included), the y before it, and itself in addition; "
@@ -106,7 +107,7 @@ def stream(
     check_length(settings, loaded.model, len(given.ids), reading.longest)
     _say_windows(loaded)
     folder = Path(out)
-    results = open_results(folder, loaded, given)
+    results = open_results(folder, loaded.provenance(), given.about())
     _check_writable(folder)
     about = {"dtype": dtype, **provenance(where)}
     results |= {"convention": CONVENTION, **about}
@@ -121,10 +122,8 @@ def stream(
     for number, setting in enumerate(missing):
         entry, nll = _evaluate(setting, loaded, reading, size, where, progress, f"{number + 1}/{len(missing)}", out)
         write_atomically(folder / setting.name / "nll.npy", lambda p, nll=nll: _save_npy(p, nll))  # type: ignore[misc]
-        results["settings"][setting.name] = entry | {k: about[k] for k in ("dtype", "device", "commit")}
-        write_json(folder / RESULTS, results)
-    results["differences"] = differences(results["settings"], folder)
-    write_json(folder / RESULTS, results)
+        _keep(results, folder, {setting.name: entry | {k: about[k] for k in ("dtype", "device", "commit")}})
+    _keep(results, folder, {}, compared=True)
     _draw(results, folder, reading)
     return results
 
@@ -347,8 +346,10 @@ def exponential(nats: float) -> float:
 
 
 def _save_npy(path: Path, values: Losses) -> None:
-    with path.open("wb") as file:
-        np.save(file, values.astype(np.float32))
+    # By way of memory: numpy writes into a file through a buffer of its own, whose end is lost unsaid on a full disk.
+    content = io.BytesIO()
+    np.save(content, values.astype(np.float32))
+    path.write_bytes(content.getbuffer())
 
 
 # --- what is read and written -------------------------------------------------------------------------------------
@@ -389,9 +390,12 @@ def _say_windows(loaded: LoadedModel) -> None:
         )
 
 
-def open_results(folder: Path, loaded: LoadedModel, text: Text) -> dict[str, Any]:
-    """The results so far, or empty ones; raises UserError if the folder holds another model's or text's."""
-    model, tokens = loaded.provenance(), text.about()
+def open_results(folder: Path, model: dict[str, Any], tokens: dict[str, Any]) -> dict[str, Any]:
+    """The results so far, or empty ones; raises UserError if the folder holds another model's or text's.
+
+    Args:
+        model, tokens: what results say about them.
+    """
     path = folder / RESULTS
     if not path.is_file():
         return {"format": FORMAT, "model": model, "tokens": tokens, "settings": {}}
@@ -403,6 +407,19 @@ def open_results(folder: Path, loaded: LoadedModel, text: Text) -> dict[str, Any
     # A setting whose losses are gone is computed again.
     old["settings"] = {name: e for name, e in old["settings"].items() if (folder / e["file"]).is_file()}
     return old
+
+
+def _keep(results: dict[str, Any], folder: Path, entries: dict[str, Any], compared: bool = False) -> None:
+    """Write results with new settings beside those in the folder, to which another process may have added meanwhile.
+
+    Raises:
+        UserError: they are of another model or text.
+    """
+    with exclusive(folder / LOCK, f"{folder} is in use by another process"):
+        results["settings"] = open_results(folder, results["model"], results["tokens"])["settings"] | entries
+        if compared:
+            results["differences"] = differences(results["settings"], folder)
+        write_json(folder / RESULTS, results)
 
 
 def _check_writable(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import family_factory
@@ -21,6 +22,7 @@ from sinkpretrain.cli import main
 from sinkpretrain.config import RunConfig, SinkConfig, save_yaml
 from sinkpretrain.errors import UserError
 from sinkpretrain.evaluate import one_token, perplexity, stream, table
+from sinkpretrain.files import write_atomically
 from sinkpretrain.load import load_model
 from sinkpretrain.model import GPTNeoX
 from sinkpretrain.setting import Setting, Wanted, settings_for
@@ -103,6 +105,41 @@ def test_the_token_that_replaces_can_be_given_as_text(tmp_path: Path) -> None:
         one_token("w3 w4", loaded)
     with pytest.raises(UserError, match="comes without a tokenizer; give --replace-initial a token id"):
         one_token("word", load_model(make_run(tmp_path / "bare", MECHANISMS["vanilla"])))
+
+
+def test_two_commands_for_one_folder_keep_both_their_settings(
+    run: Path, tokens: Path, tmp_path: Path, monkeypatch
+) -> None:
+    import sinkpretrain.evaluate as module
+
+    where = {"tokens": str(tokens), "out": str(tmp_path / "o"), "progress": False}
+    evaluate = module._evaluate
+
+    def and_another(*arguments: object) -> object:
+        monkeypatch.setattr(module, "_evaluate", evaluate)
+        stream(str(run), cache="0+16", **where)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(module, "_evaluate", and_another)
+    results = stream(str(run), cache="4+12", **where)
+    assert json.loads((tmp_path / "o" / "results.json").read_text())["settings"].keys() == results["settings"].keys()
+    assert {"0+16", "4+12"} <= results["settings"].keys()
+    assert any(d["setting"] == "0+16" and d["against"] == "4+12" for d in results["differences"])
+
+
+@pytest.mark.parametrize("count", [2100, 4000])
+def test_losses_are_whole_or_the_disk_is_full(count: int, tmp_path: Path) -> None:
+    """numpy's own buffer takes the end of an array, and nobody hears that it could not be written."""
+    import sinkpretrain.evaluate as module
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        with pytest.raises(UserError, match="the disk is full"):
+            write_atomically(tmp_path / "nll.npy", lambda p: module._save_npy(p, np.zeros(count, np.float32)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_settings_are_computed_once_and_added_to(run: Path, tokens: Path, tmp_path: Path, monkeypatch) -> None:
