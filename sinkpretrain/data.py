@@ -22,7 +22,7 @@ from torch import Tensor
 from sinkpretrain.config import MAX_SINK_TOKENS, DataConfig, ModelConfig
 from sinkpretrain.errors import UserError
 from sinkpretrain.ops import IGNORED
-from sinkpretrain.tokens import Manifest, TokenFile, open_split
+from sinkpretrain.tokens import Manifest, SplitRecord, TokenFile, open_split
 
 Indices = NDArray[np.int64]
 
@@ -249,9 +249,20 @@ class Tokens:
                 "train_sha256": self.manifest.data_hash("train"),
                 "tokenizer": self.manifest.tokenizer_sha256,
             }
-            if self.validation is not None:
-                about["validation_sha256"] = self.manifest.data_hash("validation")
+        if self.validation is not None:
+            if self.described(self.validation) is None:
+                about["validation_fingerprint"] = fingerprint(self.validation, 1 << 16)
+            else:
+                assert self.manifest is not None
+                about["validation_sha256"] = self.manifest.data_hash(self.validation.prefix.name)
         return about
+
+    def described(self, file: TokenFile) -> SplitRecord | None:
+        """What the manifest of the training data says about a file; None if it is not of its folder."""
+        name = file.prefix.name
+        if self.manifest is None or file.prefix.absolute() != self.train.prefix.with_name(name).absolute():
+            return None
+        return self.manifest.splits.get(name)
 
 
 def bin_file(file: TokenFile) -> Path:

@@ -30,6 +30,9 @@ _UMASK = _umask()
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 """What a path is that cannot be written to: not allowed, on a read-only disk, below a file or a file itself."""
 
+VANISHED = (errno.ENOENT, errno.ESTALE)
+"""What a path is whose folder is no longer there."""
+
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` fill a temporary file, sync it to disk, then put it in place of ``path`` in one step.
@@ -116,6 +119,11 @@ def disk_faults(path: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             why = os.strerror(error.errno).lower()
             raise UserError(f"cannot write {path}: {why}; choose a folder you can write to.") from error
+        if isinstance(error, OSError) and error.errno in VANISHED and not path.parent.is_dir():
+            raise UserError(
+                f"cannot write {path}: its folder was moved or deleted meanwhile; put it back and give the same "
+                "command again, or name its new place."
+            ) from error
         raise
 
 

@@ -74,6 +74,10 @@ def _poisoned_unless_finite(loss: Tensor) -> Tensor:
     return loss * (loss.detach() * 0 + 1)
 
 
+RECORDED_KEY = "recorded"
+"""In a checkpoint: how many lines about steps the record of the run had."""
+
+
 class Step(NamedTuple):
     """What is known of a step before the host has seen its loss; tensors are on the device."""
 
@@ -115,6 +119,7 @@ class PretrainModule(L.LightningModule):
         self.writer = writer or BackgroundWriter()
         self._facts = facts or {}
         self._blocked = 0.0
+        self._recorded = 0
         self.watchdog: watchdog.Watchdog | None = None
         self._fused = config.training.fused
         for module in self.model.modules():
@@ -239,7 +244,9 @@ class PretrainModule(L.LightningModule):
         self._clock, self._clock_step = time.perf_counter(), self.global_step
         self._started = time.perf_counter()
         self._guard = Guard(self.config.training.max_skipped, self._samples_of)
-        for line in metrics.read(self._run):
+        record = list(metrics.read(self._run))
+        self._recorded = metrics.count(record)
+        for line in record:
             self._guard.replay(line)
         steps = self.config.training.steps
         self._bar = ProgressBar(
@@ -348,6 +355,7 @@ class PretrainModule(L.LightningModule):
         if not self.trainer.is_global_zero:
             return
         metrics.append(self._run, lines)
+        self._recorded += metrics.count(lines)
         for logger in self.trainer.loggers:
             numbers = {k: v for k, v in lines[-1].items() if isinstance(v, int | float) and k != "step"}
             kind = lines[-1]["kind"]
@@ -394,7 +402,8 @@ class PretrainModule(L.LightningModule):
     def on_exception(self, exception: BaseException) -> None:
         """Called by Ending before anything is taken apart, so before the other processes can notice."""
         if not says_lost(exception):
-            attempts.end(self._run)
+            with contextlib.suppress(OSError):  # the folder can no longer be written to: what happened is to be said
+                attempts.end(self._run)
         if self.watchdog is not None:
             self.watchdog.stop()
         if hasattr(self, "_bar"):
@@ -443,6 +452,7 @@ class PretrainModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["samples_seen"] = self.samples_seen
+        checkpoint[RECORDED_KEY] = self._recorded
         checkpoint[METADATA_KEY] = describe(self.model, self.global_step, self.config.name)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sinkpretrain.errors import UserError
 from sinkpretrain.files import disk_faults, write_atomically
 
 FILE = "metrics.jsonl"
@@ -34,16 +35,18 @@ def sync(run: Path) -> None:
 
 
 def read(run: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a run; an unfinished last line, left by a killed process, is passed over."""
+    """The lines of a run; an unfinished last line, left by a killed process, is passed over, as is what is no line."""
     path = run / FILE
     if not path.is_file():
         return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for text in file:
             try:
-                yield json.loads(line)
+                line = json.loads(text)
             except ValueError:
                 continue
+            if isinstance(line, dict) and {"kind", "step"} <= line.keys():
+                yield line
 
 
 def tokens_per_step(lines: Sequence[dict[str, Any]]) -> set[float]:
@@ -65,6 +68,29 @@ def with_tokens(chosen: Sequence[dict[str, Any]], lines: Sequence[dict[str, Any]
 
 def _tokens_read(lines: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
     return [(line["step"], line["tokens"]) for line in lines if line["kind"] == "train" and "tokens" in line]
+
+
+def count(lines: Iterable[dict[str, Any]]) -> int:
+    """Lines about steps. When files were written is not the run's: another attempt writes them at other steps."""
+    return sum(line["kind"] != "checkpoint" for line in lines)
+
+
+def require_whole(run: Path, step: int, written: int) -> None:
+    """Check that the record up to a checkpoint's step is there, before more is written behind it.
+
+    Args:
+        written: what ``count`` was at the checkpoint.
+
+    Raises:
+        UserError: lines are missing: the file was cut, or copied before the checkpoint was.
+    """
+    found = count(line for line in read(run) if line["step"] <= step)
+    if found < written:
+        raise UserError(
+            f"{run / FILE} has {found:,} of the {written:,} lines that were written up to step {step:,}, from which "
+            "the run would go on; restore it, delete the checkpoints that are ahead of it, or give --allow-changes to "
+            "go on with what is there."
+        )
 
 
 def truncate(run: Path, step: int) -> None:

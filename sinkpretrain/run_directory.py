@@ -18,6 +18,7 @@ from sinkpretrain.data import Tokens, bin_file, stamp
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import exclusive, read_json, sha256_file, write_atomically, write_json
 from sinkpretrain.provenance import provenance
+from sinkpretrain.tokens import TokenFile
 
 FREE_TO_CHANGE = ("out", "name", "log", "data.path", "data.validation_path")
 FREE_IN_TRAINING = (
@@ -53,18 +54,20 @@ def claim(run: Path, config: RunConfig, tokens: Tokens, allow_changes: bool = Fa
     Raises:
         UserError: it belongs to another one (the fields are named), is in use, or cannot be written.
     """
+    seen = _state(run)
     known = _belongs(run, config, tokens, allow_changes)
-    new = {"data": tokens.identity(), "wandb_id": uuid.uuid4().hex[:12], "stamp": stamp(tokens.train)}
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the run directory {run}: {error.strerror}.") from error
     with exclusive(run / "lock", f"{run} is in use by another process"):
+        if _state(run) != seen:  # another process had it while this one waited
+            known = _belongs(run, config, tokens, allow_changes)
         if known is None and tokens.tokenizer:
             source = tokens.tokenizer
             write_atomically(run / "tokenizer.json", lambda p: shutil.copyfile(source, p))
         clear_leftovers(run)
-        write_json(run / "run.json", known or new)
+        write_json(run / "run.json", known or _about(tokens))
         # Last: a directory with a config.yaml is a complete run directory.
         write_atomically(run / "config.yaml", lambda p: save_yaml(config, p))
         yield
@@ -95,23 +98,56 @@ def _belongs(run: Path, config: RunConfig, tokens: Tokens, allow_changes: bool) 
             f"{run} belongs to another configuration: {', '.join(fields)}; choose another --out, or restore the "
             f"setting{way_out}."
         )
-    about: dict[str, Any] = read_json(run / "run.json")
-    identity = tokens.identity()
-    changed = [k for k, v in identity.items() if about["data"].get(k) != v]
+    about, identity = _read_about(run, allow_changes), tokens.identity()
+    changed = [k for k in {**about["data"], **identity} if about["data"].get(k) != identity.get(k)]
     if changed and not allow_changes:
         raise UserError(
             f"{run} was trained on other data ({', '.join(changed)} differ); choose another --out, restore "
             "data.path, or give --allow-changes to go on with the new data."
         )
-    if about.get("stamp") != list(stamp(tokens.train) or ()) and "train_sha256" not in changed:
-        _require_as_written(tokens)
+    for split, file in _described(tokens).items():
+        if about.get("stamps", {}).get(split) != list(stamp(file) or ()) and f"{split}_sha256" not in changed:
+            _require_as_written(tokens, file)
     if fields or changed:
         warnings.warn(f"{run} goes on with changes: {', '.join([*fields, *changed])}.", stacklevel=2)
-    return about | {"data": identity, "stamp": stamp(tokens.train)}
+    return about | _about(tokens, about["wandb_id"])
 
 
-def _require_as_written(tokens: Tokens) -> None:
+def _state(run: Path) -> list[bytes | None]:
+    """What the files hold that say whose a run directory is."""
+    files = (run / "config.yaml", run / "run.json")
+    return [file.read_bytes() if file.is_file() else None for file in files]
+
+
+def _about(tokens: Tokens, wandb_id: str = "") -> dict[str, Any]:
+    """What run.json says about the data, and the run's name at wandb: a new one unless it has one."""
+    stamps = {split: stamp(file) for split, file in _described(tokens).items()}
+    return {"data": tokens.identity(), "wandb_id": wandb_id or uuid.uuid4().hex[:12], "stamps": stamps}
+
+
+def _read_about(run: Path, allow_changes: bool) -> dict[str, Any]:
+    """What run.json says; raises UserError if it is damaged or gone, nothing instead where changes are allowed."""
+    path = run / "run.json"
+    with contextlib.suppress(UserError):
+        about = read_json(path)
+        if isinstance(about, dict) and isinstance(about.get("data"), dict) and isinstance(about.get("wandb_id"), str):
+            return about
+    if allow_changes:
+        return {"data": {}, "wandb_id": ""}
+    raise UserError(
+        f"{path}, which says what data the run was trained on, is damaged or gone; restore it, or give --allow-changes "
+        "to go on without knowing whether they are the same."
+    )
+
+
+def _described(tokens: Tokens) -> dict[str, TokenFile]:
+    """What the run trains on and validates with, as far as a manifest has hashes of it."""
+    files = {"train": tokens.train, "validation": tokens.validation}
+    return {split: file for split, file in files.items() if file is not None and tokens.described(file) is not None}
+
+
+def _require_as_written(tokens: Tokens, file: TokenFile) -> None:
     """The file was written or copied since the last attempt: read it once and compare with the manifest's hash."""
-    path = bin_file(tokens.train)
-    if tokens.manifest is not None and sha256_file(path) != tokens.manifest.splits["train"].sha256_bin:
+    path, record = bin_file(file), tokens.described(file)
+    if record is not None and sha256_file(path) != record.sha256_bin:
         raise UserError(f"{path} has changed since it was prepared; restore it, or prepare the data again.")

@@ -37,8 +37,8 @@ from sinkpretrain.data import Batch, Samples, Stream, Tokens, fingerprint, open_
 from sinkpretrain.device import device_memory, total_memory
 from sinkpretrain.errors import LostProcessError, SettingHasNoEffect, UserError
 from sinkpretrain.files import read_json, sha256_file
-from sinkpretrain.lit import Ending, PretrainModule
-from sinkpretrain.load import step_of
+from sinkpretrain.lit import RECORDED_KEY, Ending, PretrainModule
+from sinkpretrain.load import read_checkpoint, step_of
 from sinkpretrain.measures import LONG_SAMPLES
 from sinkpretrain.model import without_weights
 from sinkpretrain.ops import IGNORED
@@ -138,6 +138,8 @@ def _train(config: RunConfig, allow_changes: bool, stop: StopRequest) -> TrainRe
             print(f"{run} is finished: {done:,} steps. Raise training.steps to go on.")
             return TrainResult(run, done, finished=True)
         if _rank() == 0:
+            if checkpoint and not allow_changes:
+                metrics.require_whole(run, done, read_checkpoint(checkpoint).get(RECORDED_KEY, 0))
             attempts.end(run)  # one that was lost
             note_attempt(run, accelerator(config), done)
             metrics.truncate(run, done if checkpoint else -1)
@@ -439,7 +441,9 @@ def validation_share(samples: Samples, count: int, config: RunConfig, trainer: L
     """
     share = -(-count // trainer.world_size)
     mine = trainer.global_rank + np.arange(share) * trainer.world_size
+    samples.require_unchanged()  # a file cut short would end the process where it is read
     batch = samples.batch(np.minimum(mine, count - 1))
+    samples.require_unchanged()
     batch.labels[torch.from_numpy(mine >= count)] = IGNORED
     size = config.training.micro_batch
     return [Batch(batch.ids[i : i + size], batch.labels[i : i + size]) for i in range(0, share, size)]
