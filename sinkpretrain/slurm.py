@@ -88,7 +88,13 @@ def _scontrol(*arguments: str) -> tuple[str | None, str]:
     """What ``scontrol`` answers, and what went wrong if that is None."""
     try:
         done = subprocess.run(
-            ["scontrol", *arguments], capture_output=True, text=True, timeout=SECONDS_PER_ANSWER, check=False
+            ["scontrol", *arguments],
+            # A user's own format of times, relative ones for example, is for the eye.
+            env=os.environ | {"SLURM_TIME_FORMAT": "standard"},
+            capture_output=True,
+            text=True,
+            timeout=SECONDS_PER_ANSWER,
+            check=False,
         )
     except FileNotFoundError:
         return None, "there is no scontrol on this node"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from datetime import datetime
+from pathlib import Path
 
 import pytest
 
@@ -115,3 +117,17 @@ def test_without_scontrol_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1234")
     assert slurm.requeue("1") == "there is no scontrol on this node"
     assert slurm.end_time("1") == 1234.0
+
+
+def test_the_end_of_a_job_is_read_in_one_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM_TIME_FORMAT changes what scontrol prints for people."""
+    script = tmp_path / "scontrol"
+    script.write_text(
+        '#!/bin/bash\nif [ "${SLURM_TIME_FORMAT:-standard}" = standard ]; then echo "EndTime=2099-01-01T00:00:00"\n'
+        'else echo "EndTime=1 Jan 00:00"; fi\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    assert slurm.end_time("1") == datetime(2099, 1, 1).timestamp()
