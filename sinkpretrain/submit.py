@@ -12,6 +12,7 @@ from pathlib import Path
 from sinkpretrain import local as here
 from sinkpretrain.errors import UserError
 from sinkpretrain.experiment import Experiment, load_experiment
+from sinkpretrain.files import sha256_file, write_bytes
 
 SITE_FILE = "site.env"
 
@@ -145,15 +146,19 @@ def send(experiment: Experiment, file: Path, dry_run: bool = False, site: str = 
     """Send the jobs to Slurm, or print the calls of sbatch; returns their ids by name, raises as ``submit`` does."""
     scripts = script_folder()
     environment = {"SINKPRETRAIN_SLURM": str(scripts), "SINKPRETRAIN_SITE": str(_site(site, scripts))}
-    jobs = plan(experiment, file)
+    kept = kept_file(experiment, file) if experiment.array else None
+    jobs = plan(experiment, kept or file)
     if dry_run:
-        print("\n".join(as_script(jobs, scripts, environment)))
+        copies = {file: kept} if kept else {}
+        print("\n".join(as_script(jobs, scripts, environment, copies)))
         return {}
     logs = Path(experiment.out) / "logs"
     try:
         logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {logs}: {error.strerror}.") from error
+    if kept:
+        write_bytes(kept, file.read_bytes())
     ids: dict[str, str] = {}
     try:
         for job in jobs:
@@ -163,6 +168,12 @@ def send(experiment: Experiment, file: Path, dry_run: bool = False, site: str = 
             subprocess.run(["scancel", *ids.values()], check=False)
         raise
     return ids
+
+
+def kept_file(experiment: Experiment, file: Path) -> Path:
+    """Where the experiment's file is copied to for the tasks of an array, which read it when they start, and again when
+    they come back: in between, somebody may have edited it for the next experiment."""
+    return Path(experiment.out) / "logs" / f"{file.stem}-{sha256_file(file)[:12]}.yaml"
 
 
 def check(experiment: Experiment) -> None:
@@ -192,13 +203,16 @@ def _site(given: str, scripts: Path) -> Path:
     return path.absolute()
 
 
-def as_script(jobs: list[Job], scripts: Path, environment: dict[str, str]) -> list[str]:
-    """The same as lines of a shell script that can be run."""
+def as_script(
+    jobs: list[Job], scripts: Path, environment: dict[str, str], copies: dict[Path, Path] | None = None
+) -> list[str]:
+    """The same as lines of a shell script that can be run; ``copies`` are made before anything is sent."""
     names = {job.name: f"${{{_variable(job.name)}}}" for job in jobs}
     lines = [f"export {k}={shlex.quote(v)}" for k, v in environment.items()]
     lines.append('source "$SINKPRETRAIN_SITE"')
     outs = {shlex.quote(str(Path(o[9:]).parent)) for job in jobs for o in job.options if o.startswith("--output=")}
     lines += [f"mkdir -p {folder}" for folder in sorted(outs)]
+    lines += [shlex.join(["cp", str(source.absolute()), str(copy)]) for source, copy in (copies or {}).items()]
     for job in jobs:
         words = [w if "${" in w else shlex.quote(w) for w in command(job, scripts, names)]
         lines.append(f"{_variable(job.name)}=$({' '.join(words)})")

@@ -13,7 +13,7 @@ from sinkpretrain.cli import main
 from sinkpretrain.commands import load_run_config
 from sinkpretrain.errors import UserError
 from sinkpretrain.experiment import load_experiment, load_member
-from sinkpretrain.submit import check, command, plan, script_folder, submit
+from sinkpretrain.submit import check, command, kept_file, plan, script_folder, submit
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -81,8 +81,10 @@ def test_as_an_array_tasks_are_waited_for_one_by_one(tmp_path: Path) -> None:
     assert load_run_config(["--experiment", str(file), "--member=2"]) == config
 
 
-def test_dry_run_prints_a_script_that_sends_the_same(file: Path, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("array", [False, True])
+def test_dry_run_prints_a_script_that_sends_the_same(array: bool, tmp_path: Path, capsys) -> None:
     """Run with an sbatch that only notes what it is given: words stay whole, ids find their place."""
+    file = written(tmp_path, {"array": array})
     assert main(["submit", str(file), "--dry-run"]) == 0
     script = capsys.readouterr().out
     assert not (tmp_path / "results here").exists()
@@ -90,7 +92,9 @@ def test_dry_run_prints_a_script_that_sends_the_same(file: Path, tmp_path: Path,
     fake = programs(tmp_path / "bin", sbatch=count + '; printf "%s\\n" "$@" >$HERE/$n')
     subprocess.run(["bash", "-euc", script], check=True, env={"PATH": f"{fake}:/usr/bin:/bin"})
     sent = {int(p.name): p.read_text().splitlines() for p in fake.iterdir() if p.name.isdigit()}
-    jobs = plan(load_experiment(file), file)
+    experiment = load_experiment(file)
+    jobs = plan(experiment, kept_file(experiment, file) if array else file)
+    assert kept_file(experiment, file).is_file() == array
     ids = {job.name: str(101 + i) for i, job in enumerate(jobs)}
     assert sent == {101 + i: command(job, script_folder(), ids)[1:] for i, job in enumerate(jobs)}
 
@@ -126,6 +130,18 @@ def test_members_are_numbered(file: Path) -> None:
         load_member(file, 4)
     with pytest.raises(UserError, match="go together"):
         load_run_config(["--experiment", str(file)])
+
+
+def test_tasks_of_an_array_are_those_that_were_submitted(tmp_path: Path, monkeypatch) -> None:
+    """A task reads the experiment when it starts, maybe days later, when its file describes the next one."""
+    file = written(tmp_path, {"array": True, "attempts": 1})
+    fake = programs(tmp_path / "bin", sbatch='echo "${@: -1}" >>$HERE/last; echo 1')
+    monkeypatch.setenv("PATH", f"{fake}:/usr/bin:/bin")
+    assert submit(str(file)) == 0
+    before = load_member(file, 2)
+    written(tmp_path, {"array": True, "attempts": 1, "variants": ["zero-sink", "vanilla", "one-sink-token"]})
+    assert load_member(file, 2) != before
+    assert load_member(Path((fake / "last").read_text().splitlines()[0]), 2) == before
 
 
 def test_what_is_refused_half_way_is_taken_back(file: Path, tmp_path: Path, monkeypatch) -> None:
