@@ -404,9 +404,17 @@ def open_results(folder: Path, model: dict[str, Any], tokens: dict[str, Any]) ->
         raise UserError(f"{path} is not of this release of sinkpretrain stream; choose another --out.")
     if old["model"]["sha256"] != model["sha256"] or old["tokens"]["sha256"] != tokens["sha256"]:
         raise UserError(f"{folder} holds results of another model or text; choose another --out.")
-    # A setting whose losses are gone is computed again.
-    old["settings"] = {name: e for name, e in old["settings"].items() if (folder / e["file"]).is_file()}
+    # A setting whose losses are gone or damaged is computed again.
+    old["settings"] = {n: e for n, e in old["settings"].items() if _has_losses(folder / e["file"], tokens["count"])}
     return old
+
+
+def _has_losses(path: Path, tokens: int) -> bool:
+    """Whether the losses of so many tokens are there."""
+    try:
+        return bool(np.load(path, mmap_mode="r").shape == (tokens - 1,))  # mapped: its length is checked, nothing read
+    except (OSError, ValueError, EOFError):
+        return False
 
 
 def _keep(results: dict[str, Any], folder: Path, entries: dict[str, Any], compared: bool = False) -> None:

@@ -142,6 +142,19 @@ def test_losses_are_whole_or_the_disk_is_full(count: int, tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("length", [None, 0, 50, -4])
+def test_losses_that_are_not_whole_are_computed_again(
+    length: int | None, run: Path, tokens: Path, tmp_path: Path
+) -> None:
+    where = {"tokens": str(tokens), "cache": "0+16,4+12", "out": str(tmp_path / "o"), "progress": False}
+    stream(str(run), **where)
+    file = tmp_path / "o" / "0+16" / "nll.npy"
+    whole = file.read_bytes()
+    file.unlink() if length is None else file.write_bytes(whole[:length])
+    stream(str(run), **where)
+    assert file.read_bytes() == whole
+
+
 def test_settings_are_computed_once_and_added_to(run: Path, tokens: Path, tmp_path: Path, monkeypatch) -> None:
     first = stream(str(run), tokens=str(tokens), cache="4+12", out=str(tmp_path / "o"), progress=False)
     import sinkpretrain.evaluate as module
