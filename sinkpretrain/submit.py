@@ -173,7 +173,7 @@ def send(experiment: Experiment, file: Path, dry_run: bool = False, site: str = 
 def kept_file(experiment: Experiment, file: Path) -> Path:
     """Where the experiment's file is copied to for the tasks of an array, which read it when they start, and again when
     they come back: in between, somebody may have edited it for the next experiment."""
-    return Path(experiment.out) / "logs" / f"{file.stem}-{sha256_file(file)[:12]}.yaml"
+    return Path(experiment.out) / f"{file.stem}-{sha256_file(file)[:12]}.yaml"
 
 
 def check(experiment: Experiment) -> None:
