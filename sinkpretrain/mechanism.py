@@ -14,13 +14,19 @@ A mechanism has five hooks, each of which may stay as it is:
 
 ``sinkpretrain.attention`` applies the last two in training, streaming and decoding alike. The
 mechanisms themselves are in ``sinkpretrain.sinks``.
+
+What is called is not always a whole sample: a stream hands over a block or a single token, with the keys that its cache
+holds in any order. A hook therefore treats every token by what is given of it, not by its place among the others, and
+computes nothing from a tensor that is not in its mechanism's state. ``sinkpretrain.hooks`` looks after that before a
+run begins.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +61,9 @@ class Vocabulary:
 class Mechanism(nn.Module):
     """Base class and vanilla behaviour: every hook does nothing. One instance sits in every attention layer.
 
-    Subclasses take their options as keyword arguments after the model's configuration. ``kept`` says what a stream has
-    to keep for the mechanism, beside the cache.
+    Subclasses take their options as keyword arguments after the model's configuration, each with a default that is a
+    bool, int, float or string, and a recipe's value must be of that type. ``kept`` says what a stream has to keep for
+    the mechanism, beside the cache.
     """
 
     name: ClassVar[str]
@@ -83,7 +90,8 @@ class Mechanism(nn.Module):
         return self.weigh if self.uses("weigh") else None
 
     def init_weights(self, generator: torch.Generator, std: float) -> None:
-        """Draw what does not start as a constant; ``std`` is that of the model's other matrices (small_init)."""
+        """Draw what does not start as a constant, all of it from the generator; ``std`` is that of the model's other
+        matrices (small_init)."""
 
     def prefix_ids(self, vocabulary: Vocabulary) -> tuple[int, ...]:
         """Ids in front of every training sample, and once in front of a stream."""
@@ -97,7 +105,8 @@ class Mechanism(nn.Module):
         """The extra column, or None.
 
         Args:
-            q_BHTD: queries, rotated to their positions (slots in the cache, when streaming).
+            q_BHTD: queries, rotated to their positions (slots in the cache, when streaming); in 16 bits or fp32,
+                whatever the parameters are: the logit is computed in fp32, with no product that autocast would round.
             seen: how many keys each query sees, its own included; integer, broadcastable to [B, H, T].
         """
         return None
@@ -107,7 +116,8 @@ class Mechanism(nn.Module):
         return None
 
     def weigh(self, logits_BHTS: Tensor, visible: Tensor) -> Tensor:
-        """Weights of the keys instead of a softmax's; see ``Weigh``. What is not visible may hold any finite logit."""
+        """Weights of the keys instead of a softmax's; see ``Weigh``. What is not visible may hold any finite logit, or
+        be left out."""
         raise NotImplementedError
 
     def output(self, x_BTC: Tensor, o_BHTD: Tensor) -> Tensor:
@@ -119,6 +129,27 @@ REGISTRY: dict[str, type[Mechanism]] = {}
 
 
 def register(cls: type[Mechanism]) -> type[Mechanism]:
-    assert cls.name not in REGISTRY, cls.name
+    """Make a mechanism known by its name.
+
+    Raises:
+        TypeError: what it declares cannot be used.
+    """
+    if cls.name in REGISTRY:
+        raise TypeError(
+            f"two sink mechanisms are called {cls.name!r}: {REGISTRY[cls.name].__qualname__} and {cls.__qualname__}; "
+            "rename one of them."
+        )
+    if cls.uses("column") and cls.uses("weigh"):
+        raise TypeError(f"{cls.__qualname__} fills both column and weigh; a column belongs to a softmax, so fill one.")
+    for option, default in options(cls).items():
+        if type(default) not in (bool, int, float, str):
+            raise TypeError(
+                f"the option {option} of {cls.__qualname__} needs a default that is a bool, int, float or string."
+            )
     REGISTRY[cls.name] = cls
     return cls
+
+
+def options(cls: type[Mechanism]) -> dict[str, Any]:
+    """Names and defaults of a mechanism's options, which its constructor takes after the model's configuration."""
+    return {p.name: p.default for p in list(inspect.signature(cls.__init__).parameters.values())[2:]}

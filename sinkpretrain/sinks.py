@@ -10,9 +10,7 @@ A new mechanism is one class here and one small file under ``configs/sinks``; no
 
 from __future__ import annotations
 
-import inspect
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +22,7 @@ from sinkpretrain.mechanism import REGISTRY as REGISTRY
 from sinkpretrain.mechanism import Column as Column
 from sinkpretrain.mechanism import Mechanism as Mechanism
 from sinkpretrain.mechanism import Vocabulary as Vocabulary
+from sinkpretrain.mechanism import options as options
 from sinkpretrain.mechanism import register
 
 
@@ -425,12 +424,9 @@ def mechanism_class(config: SinkConfig) -> type[Mechanism]:
         fits = isinstance(value, known[key]) or (known[key] is float and isinstance(value, int))
         if not fits or (isinstance(value, bool) and known[key] is not bool):
             raise UserError(f"sink.options.{key} must be of type {known[key].__name__}, not {value!r}.")
+        if known[key] is float and not math.isfinite(value):
+            raise UserError(f"sink.options.{key} must be a finite number, not {value}.")
     return cls
-
-
-def options(cls: type[Mechanism]) -> dict[str, Any]:
-    """Names and defaults of a mechanism's options, which its constructor takes after the model's configuration."""
-    return {p.name: p.default for p in list(inspect.signature(cls.__init__).parameters.values())[2:]}
 
 
 def build(config: SinkConfig, model: ModelConfig) -> Mechanism:

@@ -37,6 +37,7 @@ from sinkpretrain.data import Batch, Samples, Stream, Tokens, fingerprint, open_
 from sinkpretrain.device import device_memory, total_memory
 from sinkpretrain.errors import LostProcessError, SettingHasNoEffect, UserError
 from sinkpretrain.files import read_json, sha256_file
+from sinkpretrain.hooks import check_hooks
 from sinkpretrain.lit import RECORDED_KEY, Ending, PretrainModule
 from sinkpretrain.load import read_checkpoint, step_of
 from sinkpretrain.measures import LONG_SAMPLES
@@ -245,6 +246,7 @@ def resolve(config: RunConfig, tokens: Tokens) -> RunConfig:
                 "again."
             )
     model = config.model.resolved(known)
+    check_hooks(config.sink, model)
     prefix = without_weights(model, config.sink).prefix_ids
     if len(prefix) > MAX_SINK_TOKENS:
         raise UserError(
