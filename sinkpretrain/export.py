@@ -114,9 +114,9 @@ def _check_target(out: Path, overwrite: bool) -> None:
 
 @torch.no_grad()
 def _round(model: GPTNeoX, dtype: torch.dtype) -> None:
-    """Round the fp32 weights, in place, to what ``dtype`` can hold."""
-    for p in model.parameters():
-        p.copy_(p.to(dtype))
+    """Round the fp32 weights, and what else is in the state, in place to what ``dtype`` can hold."""
+    for tensor in model.state_dict().values():
+        tensor.copy_(tensor.to(dtype))
 
 
 @torch.no_grad()

@@ -40,6 +40,9 @@ def natural_form(sink: SinkConfig, model: ModelConfig) -> Form:
     own = any(mechanism.uses(hook) for hook in ("values", "weigh", "output"))
     if own or model.window or (mechanism.adds_column and mechanism.slot() is None):
         return "own"
+    # A folder with a slot holds its keys and values and no other state, from which the mechanism must come back.
+    if not mechanism.state_dict().keys() <= ({"key", "value"} if mechanism.adds_column else set()):
+        return "own"
     return "seeded" if mechanism.adds_column else "stock"
 
 

@@ -18,7 +18,7 @@ from run_factory import CONFIG, SIZE, make_run
 from tokenizers import Tokenizer, processors
 
 from sinkpretrain import export as export_module
-from sinkpretrain import export_tokenizer, exporters, hf, seeded_slot
+from sinkpretrain import export_tokenizer, exporters, hf, seeded_slot, sinks
 from sinkpretrain.attention import causal_attention
 from sinkpretrain.config import ModelConfig, RunConfig, SinkConfig, load_yaml
 from sinkpretrain.errors import UserError
@@ -452,6 +452,35 @@ def test_a_wrong_slot_is_noticed(tmp_path: Path, tokenizer_file: Path, monkeypat
     with pytest.raises(VerificationError, match="logits differ"):
         export(run, tmp_path / "hf")
     assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_slot_of_other_state_takes_our_class(
+    dtype: str, tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder with a slot holds keys and values, from which no parameter of another name or meaning comes back."""
+
+    class FixedValue(sinks.KeyBias):
+        name = "fixed_value"
+
+        def __init__(self, model: ModelConfig) -> None:
+            super().__init__(model)
+            self.register_buffer("fixed", torch.full((model.n_head, model.head_dim), 0.3))
+
+        def slot(self):
+            return self.key.float(), self.fixed.float()
+
+        def column(self, q_BHTD, seen):
+            return super().column(q_BHTD, seen)._replace(value=self.fixed.float())
+
+    monkeypatch.setitem(sinks.REGISTRY, "fixed_value", FixedValue)
+    run = make_run(tmp_path / "run", SinkConfig("fixed_value"), tokenizer_file)
+    with pytest.raises(UserError, match="cannot compute fixed_value"):
+        export(run, tmp_path / "hf", architecture="stock")
+    assert left_over(tmp_path) == []
+    assert export(run, tmp_path / "hf", dtype=dtype).form == "own"
+    again = load_model(tmp_path / "hf").trained
+    assert again.blocks[1].attn.sink.fixed[0, 0] == torch.tensor(0.3).to(getattr(torch, dtype))
 
 
 def test_cards_say_how_to_load(all_exports) -> None:
