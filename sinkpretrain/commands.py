@@ -46,11 +46,14 @@ class Parser(jsonargparse.ArgumentParser):
         """The values of the flags as plain nested data; raises UserError."""
         arguments = self._gathered([_underscored(a) for a in argv])
         known = {o for action in self._actions for o in action.option_strings}
+        by_place = {f"--{a.dest}": a.dest for a in self._actions if not a.option_strings}
         for argument in arguments:
             name = argument.partition("=")[0]
             if name.startswith("--") and name not in known and not self._open_ended(name, known):
                 near = difflib.get_close_matches(name, known, n=1)
                 shown = name.replace("_", "-")
+                if name in by_place:
+                    raise UserError(f"there is no flag {shown}: {by_place[name]} is given by its place; see --help.")
                 hint = f"did you mean {near[0].replace('_', '-')}?" if near else "see --help."
                 raise UserError(f"there is no flag {shown}; {hint}")
         try:

@@ -63,6 +63,7 @@ def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> Non
     ("command", "sentence"),
     [
         ("trian", "did you mean train?"),
+        ("export runs/a --out b", "there is no flag --out: out is given by its place; see --help."),
         ("train --modle.n-layer 3", "there is no flag --modle.n-layer; did you mean --model.n-layer?"),
         ("train --config pythia-16m", "did you mean pythia-160m?"),
         ("train --config pythia-160m --data.batch-size many", "--data.batch-size must be int, not 'many'."),

@@ -159,3 +159,17 @@ def test_truncated_weights_are_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match="cannot read the weights"):
         load_model(file)
+
+
+def test_a_mechanism_that_is_not_at_hand_is_named_with_its_file(tmp_path: Path) -> None:
+    net = GPTNeoX(TINY)
+    net.sink_config = SinkConfig("of_somebody_else")
+    run = run_with(tmp_path / "run", net, 7)
+    file = run / "weights" / "step-0000007.safetensors"
+    with pytest.raises(UserError, match=rf"^{file}: unknown sink mechanism 'of_somebody_else'; known: vanilla, "):
+        load_model(run)
+    folder = write_hf(
+        net, tmp_path / "hf", **{METADATA_KEY: {"model": to_dict(net.config), "sink": {"mechanism": "x"}}}
+    )
+    with pytest.raises(UserError, match=rf"^{folder}: unknown sink mechanism 'x'"):
+        load_model(folder)
