@@ -173,6 +173,21 @@ def test_mechanisms_are_paired_by_seed(tmp_path: Path) -> None:
     assert "| zero_sink (n=3) | 4+60 | vanilla 4+60 | -0.0200 | -1.98 % | -1.98 to -1.98 % | -4.39 to +0.49 % |" in text
 
 
+def test_a_seed_without_the_other_cache_has_no_say_in_their_difference(tmp_path: Path) -> None:
+    """Of three seeds one was streamed with 4+60 alone, whose level is another."""
+    caches = ({"0+64": 22.0, "4+60": 20.0}, {"0+64": 33.0, "4+60": 30.0}, {"4+60": 90.0})
+    made = [make_result(tmp_path / str(i), "vanilla", c, TINY, name=str(i), seed=i) for i, c in enumerate(caches)]
+    [d] = compare(made, tmp_path / "out").records["differences"]
+    assert (d["setting"], d["reference"], d["n"]) == ("0+64", "4+60", 2)
+    assert d["nats"] == pytest.approx(np.log(1.1), abs=1e-6)
+    # And none where no seed has both.
+    apart = [
+        make_result(tmp_path / f"apart-{seed}", "vanilla", cache, TINY, name=str(seed), seed=seed)
+        for seed, cache in enumerate(({"0+64": 22.0}, {"4+60": 20.0}))
+    ]
+    assert compare(apart, tmp_path / "none").records["differences"] == []
+
+
 @pytest.mark.parametrize("known", [(1, 2, None), (None, None, None)])
 def test_seeds_that_are_not_known_are_not_paired(tmp_path: Path, known: tuple[int | None, ...]) -> None:
     [d] = compare(seeds(tmp_path, known), tmp_path / "out").records["differences"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -44,6 +44,11 @@ class Group:
             for r, losses in zip(self.results, self.losses, strict=True)
             if setting in losses
         ]
+
+    def having(self, *settings: str) -> Group:
+        """The models that have all of these settings."""
+        kept = [i for i, losses in enumerate(self.losses) if losses.keys() >= {*settings}]
+        return replace(self, results=[self.results[i] for i in kept], losses=[self.losses[i] for i in kept])
 
     def mean_losses(self, setting: str) -> NDArray[np.floating]:
         """Losses [tokens - 1], mean over the seeds."""
@@ -176,13 +181,15 @@ def cells(group: Group, settings: list[str]) -> dict[str, Record]:
 
 
 def own_differences(groups: list[Group]) -> list[Record]:
-    """Each cache of a model against its own cache of the same size with the most initial positions."""
-    return [
-        difference(g, s, g, reference)
-        for g in groups
-        for s in _caches(g)
-        if (reference := g.reference(s)) is not None and s != reference
-    ]
+    """Each cache of a model against its own cache of the same size with the most initial positions, over the models of
+    a group that were streamed with both."""
+    found = []
+    for g in groups:
+        references = ((s, g.reference(s)) for s in _caches(g))
+        for s, reference in references:
+            if reference is not None and s != reference and (both := g.having(s, reference)).results:
+                found.append(difference(both, s, both, reference))
+    return found
 
 
 def vanilla_differences(groups: list[Group]) -> list[Record]:
