@@ -73,6 +73,7 @@ def write_model(folder: Path, loaded: LoadedModel, form: Form, dtype: torch.dtyp
         "sink": to_dict(model.sink_config),
         "step": loaded.step,
         "name": loaded.name,
+        "seeds": loaded.seeds,
         "tokenizer_sha256": loaded.tokenizer_sha256,
         "form": form,
     }

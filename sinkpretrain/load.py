@@ -253,6 +253,7 @@ def _load_hf(folder: Path, dtype: torch.dtype | None) -> LoadedModel:
         tokenizer_sha256=about.get("tokenizer_sha256"),
         step=about.get("step"),
         name=about.get("name") or folder.resolve().name,
+        seeds=about.get("seeds"),
     )
 
 

@@ -123,6 +123,12 @@ def test_an_export_can_be_exported(exports, tmp_path: Path) -> None:
     assert tokenizer("").input_ids == [300, 301]
 
 
+def test_an_export_keeps_its_runs_seeds(exports) -> None:
+    """By which ``compare`` knows that the two are not two seeds of one recipe."""
+    run, exported = exports["vanilla"]
+    assert load_model(exported.folder).seeds == load_model(run).seeds == {"training": 1234, "data": 1234}
+
+
 def test_card_says_what_it_is(exports) -> None:
     run, exported = exports["sink_tokens_2"]
     card = (exported.folder / "README.md").read_text(encoding="utf-8")
