@@ -8,6 +8,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sinkpretrain.config import RunConfig, load_yaml, save_yaml
 from sinkpretrain.data import Tokens, bin_file, stamp
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import exclusive, read_json, sha256_file, write_atomically, write_json
+from sinkpretrain.load import numbered
 from sinkpretrain.provenance import provenance
 from sinkpretrain.tokens import TokenFile
 
@@ -63,9 +65,9 @@ def claim(run: Path, config: RunConfig, tokens: Tokens, allow_changes: bool = Fa
     with exclusive(run / "lock", f"{run} is in use by another process"):
         if _state(run) != seen:  # another process had it while this one waited
             known = _belongs(run, config, tokens, allow_changes)
-        if known is None and tokens.tokenizer:
-            source = tokens.tokenizer
-            write_atomically(run / "tokenizer.json", lambda p: shutil.copyfile(source, p))
+        source = tokens.tokenizer
+        if source and (known is None or not (run / "tokenizer.json").is_file()):
+            write_atomically(run / "tokenizer.json", partial(shutil.copyfile, source))
         clear_leftovers(run)
         write_json(run / "run.json", known or _about(tokens))
         # Last: a directory with a config.yaml is a complete run directory.
@@ -84,6 +86,12 @@ def _belongs(run: Path, config: RunConfig, tokens: Tokens, allow_changes: bool) 
     """What run.json says, if the run directory is this configuration's; None if nothing began there; else UserError."""
     config_file = run / "config.yaml"
     if not config_file.is_file():
+        if numbered(run / "checkpoints", ".ckpt") or numbered(run / "weights", ".safetensors"):
+            raise UserError(
+                f"{run} is a run whose config.yaml, which says what it was trained with, is missing; restore it (the "
+                "one that the same command writes into a new --out is the same but for its name), or choose another "
+                "--out."
+            )
         begun = {"run.json", "tokenizer.json", "lock"}  # a process that was killed before the first step
         if run.is_dir() and any(p.name not in begun and not p.name.endswith(".tmp") for p in run.iterdir()):
             raise UserError(f"{run} holds something else than a run; choose another --out.")

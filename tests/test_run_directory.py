@@ -109,6 +109,29 @@ def test_a_damaged_run_json_is_one_sentence_with_a_way_out(
     assert json.loads((run / "run.json").read_text())["wandb_id"]
 
 
+def test_a_missing_config_yaml_is_said_with_a_way_out(data: Path, run: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """The way out is one: another --out gets the same file."""
+    weights = Path(shutil.copytree(run / "weights", tmp_path / "weights alone" / "weights")).parent
+    (run / "config.yaml").unlink()
+    for folder in (run, weights):
+        with pytest.raises(UserError, match=r"is a run whose config\.yaml, .* is missing; restore it \(the one that"):
+            train(config(data, folder))
+    assert train(config(data, tmp_path / "another")).finished
+    shutil.copyfile(tmp_path / "another" / "config.yaml", run / "config.yaml")
+    assert train(config(data, run)).finished
+    assert same(run, undisturbed)
+
+
+def test_a_missing_tokenizer_is_put_back(data: Path, run: Path) -> None:
+    mine, tokenizer = run / "tokenizer.json", (data / "tokenizer.json").read_bytes()
+    mine.unlink()
+    assert train(config(data, run)).finished
+    assert mine.read_bytes() == tokenizer
+    mine.unlink()
+    assert train(config(data, run)).finished  # nothing is left to train
+    assert mine.read_bytes() == tokenizer
+
+
 def test_a_directory_is_looked_at_again_when_another_process_had_it(data: Path, tmp_path: Path, monkeypatch) -> None:
     """Two commands with different settings name one new directory; the first is done while the second waits."""
     exclusive, first = run_directory.exclusive, config(data, tmp_path / "run")
