@@ -262,6 +262,8 @@ class PretrainModule(L.LightningModule):
             self.trainer.should_stop = True  # asked to while it started: everything is on disk already
         elif self.global_step == 0:
             self._between_steps(0)
+        else:
+            self._make_up(record)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._at("between two steps")
@@ -269,14 +271,16 @@ class PretrainModule(L.LightningModule):
         self._at("reading data")
 
     def _between_steps(self, step: int) -> None:
-        """Flush, validate, measure, save, in this order: what a checkpoint follows is written before it."""
+        """Flush, validate, measure, save, in this order: what a checkpoint follows is written before it.
+
+        A run that is asked to stop may have seconds left: it saves, and the next attempt does what else was due.
+        """
         if self.writer.failed:
             self.writer.finish()
         log, last = self.config.log, step == self.config.training.steps
         flush = due(log.every, step) or last
-        stopping = step > 0 and self._agree_to_stop(step)
-        validate = (due(log.validate_every, step) or last) and self._validation is not None
-        probe = (due(log.probe_every, step) or last) and self._probes is not None
+        stopping = step > 0 and self._agree_to_stop(step) and not last
+        validate, probe = (False, False) if stopping else self._evaluations_due(step)
         save = step > 0 and (due(log.checkpoint_every, step) or last or stopping)
         keep_weights = is_log_spaced(step) or due(log.weights_every, step) or last
         if self._pending and (flush or validate or probe or save or keep_weights):
@@ -287,12 +291,35 @@ class PretrainModule(L.LightningModule):
             self._measure(step)
         if save or keep_weights:
             self._save(step, whole=save, weights=keep_weights)
-        if stopping and not last:
+        if stopping:
             self.trainer.should_stop = True
         elif last:
             self.stopped_by = 0
         if validate or probe or save or keep_weights:
             # Not training: keep it out of the next tokens/s.
+            self._clock, self._clock_step = time.perf_counter(), step
+
+    def _evaluations_due(self, step: int) -> tuple[bool, bool]:
+        """Whether to validate, and whether to measure, after a step."""
+        log, last = self.config.log, step == self.config.training.steps
+        return (
+            (due(log.validate_every, step) or last) and self._validation is not None,
+            (due(log.probe_every, step) or last) and self._probes is not None,
+        )
+
+    def _make_up(self, record: list[dict[str, Any]]) -> None:
+        """What the attempt before left to do after its last step; the record then is as if it had not been stopped."""
+        step = self.global_step
+        there = {line["kind"] for line in record if line["step"] == step}
+        validate, probe = self._evaluations_due(step)
+        owed = (validate and "validation" not in there) + 2 * (probe and "probe" not in there)
+        # Rank 0 writes the record, and alone knows what it holds.
+        owed = self.ranks.agree_now(owed if self.trainer.is_global_zero else 0)
+        if owed & 1:
+            self._validate(step)
+        if owed & 2:
+            self._measure(step)
+        if owed:
             self._clock, self._clock_step = time.perf_counter(), step
 
     @property

@@ -114,6 +114,27 @@ def test_resume_is_bitwise_exact(data: Path, undisturbed: Path, tmp_path: Path, 
         assert same(run, undisturbed)
 
 
+def test_who_is_asked_to_stop_saves_first(data: Path, undisturbed: Path, tmp_path: Path, monkeypatch) -> None:
+    """What else was due is done by the next attempt; once, though the first of them is killed before it saved."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as m:
+        stop_after(6, m)
+        train(config(data, run))
+    assert checkpoint(run, 6)["samples_seen"] == 6 * 8
+    assert max(x["step"] for x in record(run) if x["kind"] != "train") == 0  # there was no time
+    with monkeypatch.context() as m:
+        m.setattr(lit.PretrainModule, "on_train_batch_end", _fail)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(config(data, run))
+    assert [x["kind"] for x in record(run)[-2:]] == ["validation", "probe"]
+    assert train(config(data, run)).finished
+    assert same(run, undisturbed)
+
+
+def _fail(*_: Any) -> None:
+    raise RuntimeError("killed")
+
+
 def test_every_step_is_recorded_once(undisturbed: Path) -> None:
     lines = record(undisturbed)
     assert [x["step"] for x in lines if x["kind"] == "train"] == list(range(1, STEPS + 1))
