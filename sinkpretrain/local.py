@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sinkpretrain.errors import UserError
 from sinkpretrain.experiment import Experiment, Member
+from sinkpretrain.output import say
 from sinkpretrain.signals import PROCESS
 
 POLL_SECONDS = 0.2
@@ -51,7 +52,7 @@ def run_here(experiment: Experiment) -> int:
     finally:
         PROCESS.uninstall()
     if PROCESS.signal is not None:
-        print("stopped; the same command goes on.", file=sys.stderr)
+        say("stopped; the same command goes on.", sys.stderr)
         return 128 + PROCESS.signal
     return 0 if done else 1
 
@@ -126,7 +127,7 @@ class Machine:
         log = self.logs / f"{name}.log"
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus is not None else {})
         started = time.monotonic()
-        print(f"{name}: see {log}", flush=True)
+        say(f"{name}: see {log}")
         self.logs.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
@@ -143,9 +144,9 @@ class Machine:
             code = process.wait()
         del self.processes[name]
         if code == 0:
-            print(f"{name}: done in {time.monotonic() - started:,.0f} s", flush=True)
+            say(f"{name}: done in {time.monotonic() - started:,.0f} s")
         elif not PROCESS.requested:
-            print(f"{name}: failed ({_last_line(log) or f'exit code {code}'})", file=sys.stderr, flush=True)
+            say(f"{name}: failed ({_last_line(log) or f'exit code {code}'})", sys.stderr)
         return code == 0
 
     def watch(self, futures: list[Future[bool]]) -> bool:

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 
+from sinkpretrain.output import say, while_read
+
 ROOMY = 120
 """Columns of a terminal from which there is room for a bar and the time so far."""
 
@@ -51,7 +53,8 @@ class ProgressBar:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with while_read(sys.stderr):
+                self._bar.stop()
         elif kind is None:
             self._line(final=True)
 
@@ -72,4 +75,4 @@ class ProgressBar:
         self._printed, self._shown = now, shown
         seconds = now - self._started
         text = f"{self.title}: {self._count()}, {seconds:.0f} s {self.note}"
-        print(text.rstrip(), file=sys.stderr, flush=True)
+        say(text.rstrip(), sys.stderr)

@@ -11,11 +11,19 @@ import threading
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from sinkpretrain.output import let_go
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+def to_take() -> list[signal.Signals]:
+    """The SIGNALS that ask this process to stop: not SIGHUP if it was started to outlive its terminal (nohup)."""
+    outlives = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in SIGNALS if not (outlives and number == signal.SIGHUP)]
 
 
 class StopRequest:
-    """``requested`` becomes True on the first SIGINT, SIGTERM or SIGUSR1; a second SIGINT ends the process at once.
+    """``requested`` becomes True on the first of SIGNALS; a second SIGINT ends the process at once.
 
     Saving inside a signal handler can deadlock or meet half-updated weights, so the handler only takes a note. Later
     signals change nothing: the first one says why the run stops. Nor do any once the run is ``over``.
@@ -39,7 +47,7 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             return
         self.over = False
-        for number in SIGNALS:
+        for number in to_take():
             self._previous[number] = signal.signal(number, self._note)
         # The job scripts block signals until here, because one that arrives while Python starts would end the process.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -62,7 +70,10 @@ class StopRequest:
             text += "; press Ctrl-C again to stop without saving"
         if launched_rank() == 0:
             # Not print: the interrupted code may be inside the same buffer.
-            os.write(2, f"\n{self.signal.name}: {text}.\n".encode())
+            try:
+                os.write(2, f"\n{self.signal.name}: {text}.\n".encode())
+            except OSError:
+                let_go(2)  # a closed terminal, or a reader that the same signal ended: the run is still to be saved
 
 
 PROCESS = StopRequest()

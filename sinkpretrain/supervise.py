@@ -17,7 +17,7 @@ from types import FrameType
 
 from sinkpretrain import attempts, slurm
 from sinkpretrain.errors import UserError
-from sinkpretrain.signals import SIGNALS
+from sinkpretrain.signals import SIGNALS, to_take
 
 USAGE = """usage: sinkpretrain supervise srun ... sinkpretrain train FLAGS
 
@@ -61,7 +61,7 @@ def run_step(words: list[str]) -> tuple[int, bool]:
         if process is not None:
             process.send_signal(number)
 
-    for number in SIGNALS:
+    for number in to_take():
         signal.signal(number, hand_on)
     # The job scripts block signals until here, because one that arrives while Python starts would end the process.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -72,7 +72,7 @@ def run_step(words: list[str]) -> tuple[int, bool]:
     for early in list(told):  # came before there was somebody to hand it on to
         process.send_signal(early)
     code = process.wait()
-    return (128 - code if code < 0 else code), bool({signal.SIGINT, signal.SIGTERM} & set(told))
+    return (128 - code if code < 0 else code), bool({signal.SIGINT, signal.SIGTERM, signal.SIGHUP} & set(told))
 
 
 def _put_back(flags: list[str], code: int) -> None:

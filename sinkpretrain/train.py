@@ -11,7 +11,6 @@ import functools
 import logging
 import os
 import signal
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ from sinkpretrain.load import read_checkpoint, step_of
 from sinkpretrain.measures import LONG_SAMPLES
 from sinkpretrain.model import without_weights
 from sinkpretrain.ops import IGNORED
+from sinkpretrain.output import say
 from sinkpretrain.provenance import source_hash, versions
 from sinkpretrain.ranks import is_taken_port, says_lost
 from sinkpretrain.run_directory import claim, note_attempt
@@ -176,13 +176,12 @@ def _leave(run: Path, config: RunConfig, module: PretrainModule, trainer: L.Trai
     finished = step >= config.training.steps
     if trainer.is_global_zero:
         if not finished:
-            print(f"stopped after step {step:,} of {config.training.steps:,}; the same command goes on from there.")
+            say(f"stopped after step {step:,} of {config.training.steps:,}; the same command goes on from there.")
         if config.log.wandb == "offline":
             identity = _wandb_id(run)
-            print(f"to upload: wandb sync --id {identity} {run}/wandb/offline-run-*-{identity}")
+            say(f"to upload: wandb sync --id {identity} {run}/wandb/offline-run-*-{identity}")
         if module.stopped_by != signal.SIGUSR1 or _requeue(run, step):
             attempts.end(run)
-        sys.stdout.flush()
     # srun ends a step when one of its processes fails: nobody may leave while rank 0 is still writing.
     module.ranks.barrier()
     if module.ranks.size > 1:
@@ -199,7 +198,7 @@ def _requeue(run: Path, step: int) -> bool:
         return True
     stuck = attempts.is_stuck(run, step)
     problem = "its last attempts made no step" if stuck else slurm.requeue(job)
-    print(f"job {job} does not go back into the queue: {problem}." if problem else f"job {job} is back in the queue.")
+    say(f"job {job} does not go back into the queue: {problem}." if problem else f"job {job} is back in the queue.")
     return stuck or problem is None
 
 

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 from data_factory import make_data
+from test_train import TOLD
 
+from sinkpretrain.attempts import saved_step
 from sinkpretrain.cli import main
 from sinkpretrain.errors import UserError
 from sinkpretrain.experiment import Experiment, load_experiment
-from sinkpretrain.local import gpu_shares
+from sinkpretrain.files import exclusive
+from sinkpretrain.local import Machine, gpu_shares
 from sinkpretrain.metrics import read
 
 STEPS = 60
@@ -47,18 +54,41 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_interrupted_and_given_again(file: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    out = Path(load_experiment(file).out)
-    words = [sys.executable, "-m", "sinkpretrain", "submit", str(file), "--local"]
+def command(file: Path) -> list[str]:
+    return [sys.executable, "-m", "sinkpretrain", "submit", str(file), "--local"]
+
+
+def start(file: Path, before: Sequence[str] = ()) -> tuple[subprocess.Popen[str], list[Path]]:
+    """The experiment with runs that do not end by themselves, both of them training."""
     slow = yaml.safe_load(file.read_text()) | {"settings": {"training.steps": 10**6}}
     file.write_text(yaml.safe_dump(slow))
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    runs = [out / "runs" / name for name in ("vanilla", "one-sink-token")]
+    process = subprocess.Popen([*before, *command(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    runs = [Path(load_experiment(file).out) / "runs" / name for name in ("vanilla", "one-sink-token")]
     deadline = time.monotonic() + 120
     while not all((run / "metrics.jsonl").is_file() and len(list(read(run))) > 5 for run in runs):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    return process, runs
+
+
+def test_a_closed_terminal_ends_all_runs_with_checkpoints(file: Path) -> None:
+    """They are in sessions of their own: nobody else would tell them."""
+    process, runs = start(file, TOLD)
+    assert process.stdout is not None
+    process.stdout.close()  # nobody reads what is printed either
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    for run in runs:
+        last = max(x["step"] for x in read(run) if x["kind"] == "train")
+        assert saved_step(run) == last
+        with exclusive(run / "lock", "it still trains", patience=0):
+            pass
+
+
+def test_interrupted_and_given_again(file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out, words = Path(load_experiment(file).out), command(file)
+    process, runs = start(file)
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT, text
@@ -67,7 +97,7 @@ def test_interrupted_and_given_again(file: Path, capfd: pytest.CaptureFixture[st
     stopped = [max(x["step"] for x in read(run) if x["kind"] == "train") for run in runs]
 
     more = max(stopped) + 20
-    file.write_text(yaml.safe_dump(slow | {"settings": {"training.steps": more}}))
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"settings": {"training.steps": more}}))
     assert subprocess.run(words, check=False).returncode == 0, capfd.readouterr()
     for run in runs:
         steps = [x["step"] for x in read(run) if x["kind"] == "train"]
@@ -92,6 +122,24 @@ def test_a_failed_run_is_said_and_does_not_stop_the_other(file: Path, capfd: pyt
     assert list(json.loads((results / "one-sink-token" / "results.json").read_text())["settings"]) == ["0+8", "1+7"]
     assert not (results / "vanilla").exists()
     assert not (Path(experiment.out) / "comparison").exists()
+
+
+def test_lines_of_two_runs_do_not_run_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        """Where another thread gets its turn after every write."""
+
+        def write(self, text: str) -> int:
+            count = super().write(text)
+            time.sleep(0.2)
+            return count
+
+    terminal, machine = Terminal(), Machine(tmp_path / "logs")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(lambda name: machine.call(name, ["--version"], None), ["one", "two"]))
+    lines = sorted(terminal.getvalue().splitlines())
+    names = [re.fullmatch(r"(one|two): (see .*\.log|done in \d+ s)", line) for line in lines]
+    assert [name and name.group(1) for name in names] == ["one", "one", "two", "two"], lines
 
 
 def test_dry_run_prints_a_script(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,16 @@ def test_the_first_signal_counts_and_handlers_are_given_back(capfd: pytest.Captu
     assert [signal.getsignal(n) for n in SIGNALS] == before
 
 
+def test_nohup_stays() -> None:
+    """Whoever ignores SIGHUP before the process starts wants it to outlive the terminal; else it asks to stop."""
+    code = (
+        "import os, signal, sys; from sinkpretrain.signals import StopRequest; s = StopRequest(); s.install()\n"
+        "os.kill(os.getpid(), signal.SIGHUP); sys.exit(s.signal or 0)"
+    )
+    for what, answer in (("--ignore-signal=HUP", 0), ("--default-signal=HUP", signal.SIGHUP)):
+        assert subprocess.run(["env", what, sys.executable, "-c", code], cwd=ROOT, check=False).returncode == answer
+
+
 def test_a_second_interrupt_ends_at_once() -> None:
     stop = StopRequest()
     stop.install()

@@ -15,6 +15,7 @@ import pytest
 
 from sinkpretrain import attempts
 from sinkpretrain.cli import main
+from sinkpretrain.signals import SIGNALS
 
 ROOT = Path(__file__).parent.parent
 SCONTROL = """#!/bin/bash
@@ -71,8 +72,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
 @pytest.fixture(autouse=True)
 def handlers() -> object:
     """The command takes over the signals of its process, which is this one."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {n: signal.getsignal(n) for n in numbers}
+    before = {n: signal.getsignal(n) for n in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -167,10 +167,10 @@ def test_asking_survives_what_it_brings_about(job: Job, capfd: pytest.CaptureFix
 def test_signals_reach_the_step_and_termination_is_final(job: Job) -> None:
     """In a process of its own, and blocked until it listens, as in the job scripts."""
     ready = job.folder / "ready"
-    step = f"trap 'exit 41' TERM; trap 'exit 42' USR1; touch '{ready}'; sleep 60 & wait"
-    for number, code, requeued in ((signal.SIGUSR1, 42, 1), (signal.SIGTERM, 41, 0)):
+    step = f"trap 'exit 41' TERM; trap 'exit 42' USR1; trap 'exit 43' HUP; touch '{ready}'; sleep 60 & wait"
+    for number, code, requeued in ((signal.SIGUSR1, 42, 1), (signal.SIGTERM, 41, 0), (signal.SIGHUP, 43, 0)):
         before = len(job.requeued)
-        block = ["env", "--block-signal=USR1", "--block-signal=TERM"]
+        block = ["env", "--default-signal=HUP", "--block-signal=USR1", "--block-signal=TERM"]
         process = subprocess.Popen([*block, sys.executable, "-m", "sinkpretrain", *job.words(step)], cwd=ROOT)
         while not ready.exists():
             assert process.poll() is None

@@ -290,6 +290,69 @@ def test_interrupt_saves_and_the_same_command_goes_on(data: Path, tmp_path: Path
         done = len(steps)
 
 
+TOLD = ["env", "--default-signal=HUP"]
+"""Starts a process that hears of the end of a terminal, also where the tests run under nohup."""
+OF_ITS_INPUT = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
+class LongRun:
+    """A run as a user starts it, whose end is waited for by its record."""
+
+    def __init__(self, data: Path, folder: Path) -> None:
+        self.run = folder / "run"
+        save_yaml(config(data, self.run, steps=100_000), folder / "recipe.yaml")
+        self.words = [sys.executable, "-m", "sinkpretrain", "train", "--config", str(folder / "recipe.yaml")]
+        self.words += ["--log.progress", "true"]
+
+    def start(self, before: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen([*before, *self.words], cwd=Path(__file__).parent.parent, **options)
+        deadline = time.monotonic() + 120
+        while not self.steps() > 3:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.2)
+        return process
+
+    def steps(self) -> int:
+        return max((x["step"] for x in metrics.read(self.run) if x["kind"] == "train"), default=0)
+
+    def saved(self) -> bool:
+        return (self.run / "checkpoints" / f"step-{self.steps():07d}.ckpt").is_file()
+
+
+def test_a_closed_terminal_ends_a_run_with_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    """SIGHUP comes with it, and every line that is still printed fails."""
+    long, (ours, its) = LongRun(data, tmp_path), os.openpty()
+    before = [*TOLD, sys.executable, "-c", OF_ITS_INPUT]
+    process = long.start(before, stdin=its, stdout=its, stderr=its, start_new_session=True)
+    os.close(its)
+    os.close(ours)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert long.saved()
+
+
+def test_nohup_outlives_the_terminal(data: Path, tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as log:
+        process = LongRun(data, tmp_path).start(["nohup"], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM  # the first that asked
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_reader_that_the_same_signal_ends(number: signal.Signals, data: Path, tmp_path: Path) -> None:
+    """``train 2>&1 | tee log``, of which both get it."""
+    long = LongRun(data, tmp_path)
+    process = long.start(TOLD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    process.stdout.close()
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 128 + number
+    assert long.saved()
+
+
 # --- refusals -----------------------------------------------------------------------------------------------------
 
 
