@@ -17,6 +17,7 @@ from types import FrameType
 
 from sinkpretrain import attempts, slurm
 from sinkpretrain.errors import UserError
+from sinkpretrain.output import say
 from sinkpretrain.signals import SIGNALS, to_take
 
 USAGE = """usage: sinkpretrain supervise srun ... sinkpretrain train FLAGS
@@ -90,18 +91,15 @@ def _put_back(flags: list[str], code: int) -> None:
     stopped = code == 128 + signal.SIGUSR1  # with a checkpoint, and without scontrol where the processes run
     lost = f"job {job} was asked to stop" if stopped else f"processes of job {job} were lost (exit code {code})"
     if attempts.is_stuck(run, step):
-        _say(f"{lost}; it does not go back into the queue: its last {attempts.FUTILE} attempts made no step.")
+        say(
+            f"{lost}; it does not go back into the queue: its last {attempts.FUTILE} attempts made no step.", sys.stderr
+        )
         return
     answer = slurm.show(job)
     if answer and not (" JobState=RUNNING " in answer and f" Restarts={slurm.restarts()} " in answer):
-        _say(f"{lost}; Slurm has already decided what becomes of it.")
+        say(f"{lost}; Slurm has already decided what becomes of it.", sys.stderr)
         return
-    _say(f"{lost}; it goes back into the queue and on from step {step:,}.")
+    say(f"{lost}; it goes back into the queue and on from step {step:,}.", sys.stderr)
     problem = slurm.requeue(job)
     if problem:
-        _say(f"job {job} does not go back into the queue: {problem}.")
-
-
-def _say(text: str) -> None:
-    # Flushed: what comes next ends this process.
-    print(text, file=sys.stderr, flush=True)
+        say(f"job {job} does not go back into the queue: {problem}.", sys.stderr)
