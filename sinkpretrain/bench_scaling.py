@@ -15,9 +15,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -29,6 +32,7 @@ from sinkpretrain.device import gpu_names
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import read_json, write_json
 from sinkpretrain.provenance import provenance
+from sinkpretrain.signals import to_take
 
 PASSES = 40
 """Passes of a device through its model that a job has time for; a step has one or more."""
@@ -179,14 +183,15 @@ def run(jobs: list[Job], seconds: float, gpus: int) -> tuple[list[dict[str, Any]
     """Run jobs together, for so many seconds at most: figures of those that finished, and why others did not."""
     deadline, first = time.monotonic() + seconds, 0
     processes = []
-    try:
-        for job in jobs:
-            processes.append(_start(job, range(first, first + job.devices) if gpus else (), len(jobs)))
-            first += job.devices
-        codes = [_wait(process, deadline) for process in processes]
-    finally:
-        for process in processes:
-            _end(process)
+    with _told_to_end():
+        try:
+            for job in jobs:
+                processes.append(_start(job, range(first, first + job.devices) if gpus else (), len(jobs)))
+                first += job.devices
+            codes = [_wait(process, deadline) for process in processes]
+        finally:
+            for process in processes:
+                _end(process)
     found, failed = [], {}
     for job, code in zip(jobs, codes, strict=True):
         if code == 0:
@@ -197,6 +202,22 @@ def run(jobs: list[Job], seconds: float, gpus: int) -> tuple[list[dict[str, Any]
             said = (job.folder / "log").read_text(encoding="utf-8", errors="replace").split("\n")
             failed[str(job)] = f"ended with code {code}: {next((s for s in reversed(said) if s.strip()), '')[:300]}"
     return found, failed
+
+
+@contextlib.contextmanager
+def _told_to_end() -> Iterator[None]:
+    """What would end this process alone unwinds it, so that the jobs, in sessions of their own, end with it."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    here = threading.current_thread() is threading.main_thread()  # elsewhere Python takes no handlers
+    taken = {n: signal.signal(n, leave) for n in to_take() if here and n != signal.SIGINT}
+    try:
+        yield
+    finally:
+        for number, handler in taken.items():
+            signal.signal(number, handler)
 
 
 def _start(job: Job, gpus: range | tuple[int, ...], beside: int) -> subprocess.Popen[bytes]:

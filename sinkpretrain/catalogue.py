@@ -29,7 +29,8 @@ def list_mechanisms(config: str = "pythia-160m", format: Literal["table", "json"
 
 def catalogue(config: str = "pythia-160m") -> list[dict[str, Any]]:
     """One entry per mechanism, with its default options; parameters are those it adds to the model of a recipe."""
-    model = load_yaml(RunConfig, recipe_path(config)).model.resolved()
+    # Where the data decide how large the vocabulary is: any size, for what a mechanism adds does not depend on it.
+    model = load_yaml(RunConfig, recipe_path(config)).model.resolved(2048)
     plain = without_weights(model).n_parameters()
     entries = []
     for name, cls in sinks.REGISTRY.items():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -49,6 +52,23 @@ def test_a_job_that_fails_or_takes_too_long_is_named(tmp_path: Path, monkeypatch
     assert "fewer than one sample" in report["left_out"]["demo, batch in all the same, 1 device"]
     report = bench_scaling.bench_scaling(str(tmp_path / "s.json"), models="demo", devices="1", minutes=0.01)
     assert report["left_out"] == {"demo, batch in all the same, 1 device": "not finished in time"}
+
+
+def test_what_ends_the_benchmark_ends_its_jobs(monkeypatch) -> None:
+    started = []
+
+    def start(*_: object) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(["sleep", "60"], start_new_session=True))
+        return started[-1]
+
+    monkeypatch.setattr(bench_scaling, "_start", start)
+    monkeypatch.setattr(bench_scaling, "_wait", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left:
+        bench_scaling.run([Job("demo", "per device", 1, RunConfig())] * 2, 60.0, 0)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert [process.poll() for process in started] == [-signal.SIGKILL] * 2
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_devices_that_are_not_there_are_refused(monkeypatch) -> None:

@@ -217,6 +217,7 @@ def test_list_shows_every_mechanism(capsys: pytest.CaptureFixture[str]) -> None:
     table = capsys.readouterr().out
     assert "| `sink_tokens` |" in table
     assert "| 128 |" in table
+    assert main(["list", "--config", "demo"]) == 0  # whose vocabulary is that of the data
     assert main(["list", "--config", "pythia-15m"]) == 2
     assert "did you mean" in capsys.readouterr().err
 
