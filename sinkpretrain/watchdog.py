@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import Protocol
 
 from sinkpretrain.errors import TRY_AGAIN
+from sinkpretrain.output import say
 
 ANSWER_SECONDS = 10.0
 BEATS_PER_TIMEOUT = 10
@@ -141,7 +142,7 @@ def diagnosis(me: int, beats: list[Beat], timeout: float, silence: float) -> str
 
 
 def _leave(sentence: str) -> None:
-    print(f"sinkpretrain train: {sentence}", file=sys.stderr, flush=True)
+    say(f"sinkpretrain train: {sentence}", sys.stderr)
     os._exit(TRY_AGAIN)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from datetime import datetime
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sinkpretrain import slurm
+from sinkpretrain.errors import TRY_AGAIN
 from sinkpretrain.slurm import TimeLeft
 from sinkpretrain.watchdog import Beat, Watchdog, diagnosis
 
@@ -72,6 +75,14 @@ def test_a_stalled_process_is_found(stopped: str) -> None:
         late.stop()
     assert "rank 1 on" in said[0]
     assert ("reading data" in said[0]) == (stopped == "stuck")
+
+
+def test_a_stalled_process_ends_also_where_nobody_reads_why() -> None:
+    code = (
+        "import os; from sinkpretrain import watchdog; r, w = os.pipe(); os.close(r); os.dup2(w, 2); "
+        "watchdog._leave('rank 0 stands still.')"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == TRY_AGAIN
 
 
 def test_who_goes_on_is_left_alone() -> None:
