@@ -6,7 +6,6 @@ A command's module is imported when it is called, so that ``--help`` and mistake
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 from sinkpretrain import __version__
 from sinkpretrain.errors import TRY_AGAIN, LostProcessError, UserError, meant, out_of_memory
 from sinkpretrain.files import UNWRITABLE, out_of_space
+from sinkpretrain.output import let_go, say
 from sinkpretrain.signals import PROCESS
 
 
@@ -65,10 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         function: Callable[..., int] = getattr(importlib.import_module(command.module), command.function)
         return function(arguments[1:])
     except UserError as error:
-        print(f"sinkpretrain {arguments[0]}: {error}", file=sys.stderr)
+        say(f"sinkpretrain {arguments[0]}: {error}", sys.stderr)
         return 2
     except LostProcessError as error:
-        print(f"sinkpretrain {arguments[0]}: {error}", file=sys.stderr)
+        say(f"sinkpretrain {arguments[0]}: {error}", sys.stderr)
         return TRY_AGAIN
     except RuntimeError as error:
         whose = out_of_memory(error)
@@ -78,14 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         full = "the GPU's memory is full" if whose == "GPU" else "there is not enough memory"
         less = "a smaller batch, 16-bit numbers or the CPU" if whose == "GPU" else "smaller batches or shorter inputs"
         text = f"{full} ({why}); use {less}: see sinkpretrain {arguments[0]} --help."
-        print(f"sinkpretrain {arguments[0]}: {text}", file=sys.stderr)
+        say(f"sinkpretrain {arguments[0]}: {text}", sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"sinkpretrain {arguments[0]}: {str(stop) or 'stopped.'}", file=sys.stderr)
+        say(f"sinkpretrain {arguments[0]}: {str(stop) or 'stopped.'}", sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        let_go(sys.stdout.fileno())
         return 141
     except OSError as error:
         # Met where no command looked for it.
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         why = str(error.strerror).lower()
         text = f"{error.filename}: {why}; choose a place you can write to."
-        print(f"sinkpretrain {arguments[0]}: {text}", file=sys.stderr)
+        say(f"sinkpretrain {arguments[0]}: {text}", sys.stderr)
         return 2
 
 
@@ -121,4 +121,4 @@ def overview() -> str:
 
 
 def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    say(f"warning: {message}", sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -220,6 +221,14 @@ def test_list_shows_every_mechanism(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--config", "demo"]) == 0  # whose vocabulary is that of the data
     assert main(["list", "--config", "pythia-15m"]) == 2
     assert "did you mean" in capsys.readouterr().err
+
+
+def test_the_exit_code_needs_no_reader() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "sinkpretrain", "trian"], stderr=writer, check=False)
+    os.close(writer)
+    assert done.returncode == 2
 
 
 def test_the_docs_have_the_same_table() -> None:
