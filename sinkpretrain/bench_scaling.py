@@ -179,31 +179,6 @@ def waves(plan: list[Job], gpus: int) -> list[list[Job]]:
     return groups
 
 
-def run(jobs: list[Job], seconds: float, gpus: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Run jobs together, for so many seconds at most: figures of those that finished, and why others did not."""
-    deadline, first = time.monotonic() + seconds, 0
-    processes = []
-    with _told_to_end():
-        try:
-            for job in jobs:
-                processes.append(_start(job, range(first, first + job.devices) if gpus else (), len(jobs)))
-                first += job.devices
-            codes = [_wait(process, deadline) for process in processes]
-        finally:
-            for process in processes:
-                _end(process)
-    found, failed = [], {}
-    for job, code in zip(jobs, codes, strict=True):
-        if code == 0:
-            found.append(figure(job))
-        elif code is None:
-            failed[str(job)] = "not finished in time"
-        else:
-            said = (job.folder / "log").read_text(encoding="utf-8", errors="replace").split("\n")
-            failed[str(job)] = f"ended with code {code}: {next((s for s in reversed(said) if s.strip()), '')[:300]}"
-    return found, failed
-
-
 @contextlib.contextmanager
 def _told_to_end() -> Iterator[None]:
     """What would end this process alone unwinds it, so that the jobs, in sessions of their own, end with it."""
@@ -218,6 +193,31 @@ def _told_to_end() -> Iterator[None]:
     finally:
         for number, handler in taken.items():
             signal.signal(number, handler)
+
+
+@_told_to_end()
+def run(jobs: list[Job], seconds: float, gpus: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Run jobs together, for so many seconds at most: figures of those that finished, and why others did not."""
+    deadline, first = time.monotonic() + seconds, 0
+    processes = []
+    try:
+        for job in jobs:
+            processes.append(_start(job, range(first, first + job.devices) if gpus else (), len(jobs)))
+            first += job.devices
+        codes = [_wait(process, deadline) for process in processes]
+    finally:
+        for process in processes:
+            _end(process)
+    found, failed = [], {}
+    for job, code in zip(jobs, codes, strict=True):
+        if code == 0:
+            found.append(figure(job))
+        elif code is None:
+            failed[str(job)] = "not finished in time"
+        else:
+            said = (job.folder / "log").read_text(encoding="utf-8", errors="replace").split("\n")
+            failed[str(job)] = f"ended with code {code}: {next((s for s in reversed(said) if s.strip()), '')[:300]}"
+    return found, failed
 
 
 def _start(job: Job, gpus: range | tuple[int, ...], beside: int) -> subprocess.Popen[bytes]:

@@ -156,7 +156,7 @@ def _load_file(file: Path, run: Path, dtype: torch.dtype | None) -> LoadedModel:
     sink = from_dict(SinkConfig, about["sink"])
     tokenizer = run / "tokenizer.json"
     return LoadedModel(
-        model=_filled(config, sink, _cast(state, dtype), file),
+        model=_of_recipe(config, sink, _cast(state, dtype), file),
         files=(file,),
         tokenizer=tokenizer if tokenizer.is_file() else None,
         tokenizer_sha256=sha256_file(tokenizer) if tokenizer.is_file() else None,
@@ -267,7 +267,7 @@ def _load_neox(folder: Path, about: dict[str, Any], dtype: torch.dtype | None) -
     if about.get("form") == "seeded":
         state |= _slot_parameters(folder / SLOT_FILE, sinks.build(sink, config), dtype)
         files = (*files, folder / SLOT_FILE)
-    return _filled(config, sink, state, folder), files
+    return _of_recipe(config, sink, state, folder), files
 
 
 def _slot_parameters(file: Path, mechanism: sinks.Mechanism, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -292,10 +292,10 @@ def _load_own(folder: Path, raw: dict[str, Any], dtype: torch.dtype | None) -> t
         raise UserError(f"{folder / 'config.json'} does not say what model it holds; export it again.")
     config, sink = from_dict(ModelConfig, raw["model"]), from_dict(SinkConfig, raw["sink"])
     state = {k.removeprefix("model."): v for k, v in _cast(hf.load_weights(folder), dtype).items()}
-    return _filled(config, sink, state, folder), weight_files(folder)
+    return _of_recipe(config, sink, state, folder), weight_files(folder)
 
 
-def _filled(config: ModelConfig, sink: SinkConfig, state: dict[str, Tensor], source: Path) -> GPTNeoX:
+def _of_recipe(config: ModelConfig, sink: SinkConfig, state: dict[str, Tensor], source: Path) -> GPTNeoX:
     """The model with these weights; raises UserError, also where its mechanism is none that is known here."""
     try:
         model = without_weights(config, sink)
