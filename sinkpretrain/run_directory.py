@@ -15,7 +15,7 @@ from typing import Any
 from sinkpretrain import slurm
 from sinkpretrain.checkpoint import clear_leftovers
 from sinkpretrain.config import RunConfig, load_yaml, save_yaml
-from sinkpretrain.data import Tokens, bin_file, stamp
+from sinkpretrain.data import Tokens, bin_file
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import exclusive, read_json, sha256_file, write_atomically, write_json
 from sinkpretrain.load import numbered
@@ -114,7 +114,7 @@ def _belongs(run: Path, config: RunConfig, tokens: Tokens, allow_changes: bool) 
             "data.path, or give --allow-changes to go on with the new data."
         )
     for split, file in _described(tokens).items():
-        if about.get("stamps", {}).get(split) != list(stamp(file) or ()) and f"{split}_sha256" not in changed:
+        if about.get("stamps", {}).get(split) != _stamp(file) and f"{split}_sha256" not in changed:
             _require_as_written(tokens, file)
     if fields or changed:
         warnings.warn(f"{run} goes on with changes: {', '.join([*fields, *changed])}.", stacklevel=2)
@@ -129,7 +129,7 @@ def _state(run: Path) -> list[bytes | None]:
 
 def _about(tokens: Tokens, wandb_id: str = "") -> dict[str, Any]:
     """What run.json says about the data, and the run's name at wandb: a new one unless it has one."""
-    stamps = {split: stamp(file) for split, file in _described(tokens).items()}
+    stamps = {split: _stamp(file) for split, file in _described(tokens).items()}
     return {"data": tokens.identity(), "wandb_id": wandb_id or uuid.uuid4().hex[:12], "stamps": stamps}
 
 
@@ -152,6 +152,15 @@ def _described(tokens: Tokens) -> dict[str, TokenFile]:
     """What the run trains on and validates with, as far as a manifest has hashes of it."""
     files = {"train": tokens.train, "validation": tokens.validation}
     return {split: file for split, file in files.items() if file is not None and tokens.described(file) is not None}
+
+
+def _stamp(file: TokenFile) -> list[int]:
+    """What changes with the ``.bin`` or another in its place: nobody can set the last of its times, as ``cp -p`` does
+    the other. Nothing if it cannot be asked."""
+    with contextlib.suppress(OSError):
+        status = bin_file(file).stat()
+        return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    return []
 
 
 def _require_as_written(tokens: Tokens, file: TokenFile) -> None:

@@ -174,6 +174,36 @@ def test_other_data_for_validation_are_refused(change: str, data: Path, run: Pat
         train(setting)
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_data_replaced_between_attempts_are_found_out_whatever_their_time(
+    split: str, data: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """``cp -p`` and ``rsync -t`` bring the time along; the manifest is that of the data before."""
+    mine, other = Path(shutil.copytree(data, tmp_path / "data")), make_data(tmp_path / "other", seed=5)
+    run = config(mine, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stop_after(8, patch)
+        train(run)
+    before = (mine / f"{split}.bin").stat()
+    os.utime(other / f"{split}.bin", ns=(before.st_atime_ns, before.st_mtime_ns))
+    shutil.copy2(other / f"{split}.bin", mine / f"{split}.bin")
+    assert (mine / f"{split}.bin").stat().st_mtime_ns == before.st_mtime_ns
+    with pytest.raises(UserError, match=rf"{split}\.bin has changed since it was prepared"):
+        train(run)
+    shutil.copy2(data / f"{split}.bin", mine / f"{split}.bin")
+    assert train(run).finished
+
+
+def test_a_run_whose_record_knows_less_of_its_data_goes_on(data: Path, run: Path, undisturbed: Path) -> None:
+    """Made before the time of the last change was kept: the files are read once."""
+    about = json.loads((run / "run.json").read_text())
+    about["stamps"] = {split: stamp[:2] for split, stamp in about["stamps"].items()}
+    (run / "run.json").write_text(json.dumps(about))
+    assert train(config(data, run)).finished
+    assert same(run, undisturbed)
+    assert [len(stamp) for stamp in json.loads((run / "run.json").read_text())["stamps"].values()] == [3, 3]
+
+
 def test_data_for_validation_from_elsewhere_are_known_by_their_content(data: Path, tmp_path: Path, monkeypatch) -> None:
     """Also where the manifest of the training data knows of no validation split."""
     mine, elsewhere = Path(shutil.copytree(data, tmp_path / "data")), make_data(tmp_path / "other", seed=5)
