@@ -14,6 +14,8 @@ import pytest
 from sinkpretrain.signals import SIGNALS, StopRequest
 
 ROOT = Path(__file__).parent.parent
+TOLD = ["env", "--default-signal"]
+"""Starts a process that no signal leaves cold, also where the tests run under nohup or in the background."""
 
 
 def test_the_first_signal_counts_and_handlers_are_given_back(capfd: pytest.CaptureFixture[str]) -> None:
@@ -54,18 +56,25 @@ def test_a_second_interrupt_ends_at_once() -> None:
         stop.uninstall()
 
 
-def test_a_blocked_signal_is_not_lost() -> None:
-    """As the job scripts do: blocked before Python starts, delivered once the handler is there."""
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_not_lost_while_python_starts(number: signal.Signals) -> None:
+    """What the job scripts start through blocks it; it is delivered once the handler is there."""
     code = (
-        "import os, signal, sys; os.kill(os.getpid(), signal.SIGUSR1)\n"
+        f"import os, signal, sys; os.kill(os.getpid(), {number:d})\n"
         "from sinkpretrain.signals import StopRequest; s = StopRequest(); s.install(); sys.exit(int(s.signal))"
     )
-    plain = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
+    start = 'source slurm/job.env; exec "${guard[@]}" "$@"'
+    environment = os.environ | {"SINKPRETRAIN_SITE": "slurm/site.env"}
+    plain = subprocess.run([*TOLD, sys.executable, "-c", code], cwd=ROOT, capture_output=True)
     blocked = subprocess.run(
-        ["env", "--block-signal=USR1", sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+        [*TOLD, "bash", "-c", start, "bash", sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
-    assert plain.returncode == -signal.SIGUSR1
-    assert blocked.returncode == signal.SIGUSR1, blocked.stderr
+    assert plain.returncode == -number
+    assert blocked.returncode == number, blocked.stderr
 
 
 def test_only_the_standard_library_is_imported_before_the_handlers() -> None:
