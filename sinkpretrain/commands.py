@@ -111,6 +111,9 @@ def _one_sentence(text: str, positional: set[str]) -> str:
     if missing := re.search(r"the following arguments are required: (.*)", text):
         names = [n if n in positional else f"--{n.replace('_', '-')}" for n in missing.group(1).split(", ")]
         return f"{' and '.join(names)} must be given; see --help."
+    if bare := re.search(r"argument (--[\w.]+): expected one argument", text):
+        flag = bare.group(1).replace("_", "-")
+        return f"{flag} needs a value; one that begins with a dash is given as {flag}=VALUE."
     lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")]
     return " ".join(dict.fromkeys((lines[0], lines[-1]))).rstrip(".") + "; see --help." if lines else text
 

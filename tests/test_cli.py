@@ -84,6 +84,11 @@ def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> Non
         ("prepare --verify", "needs the folder"),
         ("stream", "model"),
         ("stream /nowhere --tokens x.npy --out OUT", "there is no model at /nowhere"),
+        (
+            "stream m --tokens x.npy --out OUT --cache -1+60",
+            "--cache needs a value; one that begins with a dash is given as --cache=VALUE.",
+        ),
+        ("stream m --tokens x.npy --out OUT --replace-initial", "stream: --replace-initial needs a value;"),
         ("compare OUT --out OUT", "OUT"),
         ("export /nowhere OUT", "there is no model at /nowhere"),
     ],
