@@ -234,6 +234,14 @@ class PretrainModule(L.LightningModule):
         self.ranks = Ranks((patience or 1e6) + 60)  # the watchdog is first, because it can name who is late
         self.ranks.require_same(self._facts)
         self.watchdog = watchdog.connect(self.ranks.rank, self.ranks.size, patience)
+        if self.watchdog is not None:
+            # It stands still with a job that is suspended; exchanges go by the time of day, and would have been lost.
+            self.ranks.set_patience(1e6)
+
+    def _end_watch(self) -> None:
+        if self.watchdog is not None:
+            self.watchdog.stop()
+            self.ranks.set_patience(self.config.training.stall_seconds + 60)
 
     def _at(self, doing: str) -> None:
         if self.watchdog is not None:
@@ -421,8 +429,7 @@ class PretrainModule(L.LightningModule):
 
     def on_train_end(self) -> None:
         self._bar.__exit__(None)
-        if self.watchdog is not None:
-            self.watchdog.stop()
+        self._end_watch()
         self.writer.finish()
         self._note_written()
 
@@ -431,8 +438,7 @@ class PretrainModule(L.LightningModule):
         if not says_lost(exception):
             with contextlib.suppress(OSError):  # the folder can no longer be written to: what happened is to be said
                 attempts.end(self._run)
-        if self.watchdog is not None:
-            self.watchdog.stop()
+        self._end_watch()
         if hasattr(self, "_bar"):
             self._bar.__exit__(type(exception))
 

@@ -79,6 +79,12 @@ class Ranks:
             self._answer()
             dist.barrier(group=self._group)
 
+    def set_patience(self, seconds: float) -> None:
+        """How long an exchange that begins from now on may take, those of gradients included."""
+        if self._group is not None:
+            for group in (dist.group.WORLD, self._group):
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
     def require_same(self, facts: dict[str, Any]) -> None:
         """Check that every process has these named facts with these values.
 

@@ -64,8 +64,8 @@ class Watchdog:
         self._store, self._rank, self._size, self._timeout = store, rank, size, timeout
         self._end = end or _leave
         self._interval = max(0.05, min(10.0, timeout / BEATS_PER_TIMEOUT))
-        self._place = (0, "starting", time.monotonic())
-        self._moved = time.monotonic()
+        self._place = self._seen = (0, "starting")
+        self._clock = self._since = 0.0
         self._over = threading.Event()
         self._count = 0
         self._heard: dict[int, tuple[int, float]] = {}
@@ -81,32 +81,36 @@ class Watchdog:
 
     def at(self, step: int, doing: str) -> None:
         """This process begins something; the only call on the way of the training."""
-        now = time.monotonic()
-        self._place = (step, doing, now)
-        self._moved = now
+        self._place = (step, doing)
 
     def _watch(self) -> None:
         while not self._over.wait(self._interval):
+            # Of a sleep counts what was asked for: who is suspended, this watcher included, does not stand still.
+            self._clock += self._interval
+            if self._place is not self._seen:
+                self._seen, self._since = self._place, self._clock
+            began = time.monotonic()
             try:
                 self._tell()
                 beats = self._listen()
             except Exception:
                 beats = []  # rank 0, who keeps the store, does not answer
-            still = time.monotonic() - self._moved
-            if still > self._timeout and not self._over.is_set():
+            self._clock += min(time.monotonic() - began, ANSWER_SECONDS)
+            over = self._over.is_set() or self._place is not self._seen
+            if self._clock - self._since > self._timeout and not over:
                 self._end(diagnosis(self._rank, beats, self._timeout, SILENT_BEATS * self._interval))
                 return
 
     def _tell(self) -> None:
-        step, doing, since = self._place
+        step, doing = self._seen
         self._count += 1
-        place = (self._count, socket.gethostname(), step, doing, time.monotonic() - since)
+        place = (self._count, socket.gethostname(), step, doing, self._clock - self._since)
         self._store.set(f"place/{self._rank}", json.dumps(place))
 
     def _listen(self) -> list[Beat]:
-        if time.monotonic() - self._moved < self._timeout / 2:
+        if self._clock - self._since < self._timeout / 2:
             return []  # only those who wait have a reason to ask
-        now, beats = time.monotonic(), []
+        now, beats = self._clock, []
         for rank in range(self._size):
             key = f"place/{rank}"
             if not self._store.check([key]):

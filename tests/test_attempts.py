@@ -25,9 +25,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("attempts") / "data")
 
 
-def start_two(data: Path, folder: Path, code: str = "", port: int = 0) -> list[subprocess.Popen[str]]:
+def start_two(
+    data: Path, folder: Path, code: str = "", port: int = 0, stall_seconds: float = 1800.0
+) -> list[subprocess.Popen[str]]:
     """Two processes of one run, started as a cluster would: neither is the other's parent."""
-    save_yaml(config(data, folder / "run", steps=100_000, devices=2), folder / "recipe.yaml")
+    run = config(data, folder / "run", steps=100_000, devices=2, stall_seconds=stall_seconds)
+    save_yaml(run, folder / "recipe.yaml")
     script = folder / "main.py"
     script.write_text(f"import sys; from sinkpretrain.cli import main\n{code}\nsys.exit(main())\n")
     with socket.socket() as probe:
@@ -53,8 +56,8 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
     return [p.communicate(timeout=240)[0] for p in processes]
 
 
-def wait_steps(run: Path, processes: list[subprocess.Popen[str]]) -> None:
-    while not any(x["step"] > 8 for x in metrics.read(run)):
+def wait_steps(run: Path, processes: list[subprocess.Popen[str]], step: int = 8) -> None:
+    while not any(x["step"] > step for x in metrics.read(run)):
         assert all(p.poll() is None for p in processes), finish(processes)
         time.sleep(0.1)
 
@@ -100,6 +103,38 @@ def test_a_reason_is_given_by_whoever_has_it(end: str, data: Path, tmp_path: Pat
         assert 0 not in [p.returncode for p in processes]
     assert (run / "config.yaml").is_file()
     assert not (run / attempts.OPEN).exists()
+
+
+IMPATIENT = (
+    "from sinkpretrain import lit\n"
+    "require_same = lit.Ranks.require_same\n"
+    "def same(self, facts):\n"
+    "    require_same(self, facts)\n"
+    "    self.set_patience(7.0)\n"
+    "lit.Ranks.require_same = same\n"
+)
+"""Exchanges that wait for seven seconds, unless the run says otherwise; else it would take two minutes to see."""
+
+
+def test_a_suspended_job_goes_on_and_a_stopped_process_is_named(data: Path, tmp_path: Path) -> None:
+    """``scontrol suspend`` stops all processes of a job, one node a little after the other, for longer than anything
+    else may take. Who is stopped alone is late, also after that."""
+    run, processes = tmp_path / "run", start_two(data, tmp_path, IMPATIENT, stall_seconds=6.0)
+    wait_steps(run, processes)
+    for number, order in ((signal.SIGSTOP, processes), (signal.SIGCONT, processes[::-1])):
+        for process in order:  # who waits for the other is stopped last and goes on first
+            process.send_signal(number)
+            time.sleep(0.3)
+        reached = max(x["step"] for x in metrics.read(run))
+        time.sleep(8 if number == signal.SIGSTOP else 0)
+    wait_steps(run, processes, reached + 8)
+    processes[1].send_signal(signal.SIGSTOP)
+    said, _ = processes[0].communicate(timeout=240)
+    processes[1].kill()
+    finish(processes[1:])
+    assert processes[0].returncode == 75
+    assert "rank 0 has made no step for 6 s: rank 1 on" in said
+    assert said.rstrip().endswith("has not been heard from.")
 
 
 def test_a_taken_port_is_named(data: Path, tmp_path: Path) -> None:
