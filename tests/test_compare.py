@@ -188,6 +188,54 @@ def test_a_seed_without_the_other_cache_has_no_say_in_their_difference(tmp_path:
     assert compare(apart, tmp_path / "none").records["differences"] == []
 
 
+@pytest.mark.parametrize("fewer", ["vanilla", "zero_sink"])
+def test_a_seed_that_one_mechanism_lacks_has_no_say_in_their_difference(
+    fewer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three pairs of seeds one half is missing, whose level is another: neither table nor figure shows that."""
+    drawn: dict[str, float] = {}
+
+    def change_figure(models: Any, settings: list[str], bases: dict[str, Any]) -> Any:
+        drawn.update({name: float((losses["4+60"] - bases["4+60"]).mean()) for name, losses in models})
+        return draw(models, settings, bases)
+
+    draw = figures.change_figure
+    monkeypatch.setattr(figures, "change_figure", change_figure)
+    made = [f for f in seeds(tmp_path) if (f.parent.name, f.name) not in ((fewer, "4"), (fewer, "5"))]
+    assert len(made) == 5
+    [d] = compare(made, tmp_path / "out").records["differences"]
+    assert d["n"] == 2
+    assert d["nats"] == pytest.approx(-0.015, abs=1e-6)
+    assert d["seed_low"] == pytest.approx(-0.015 - 12.706 * 0.005, abs=1e-6)
+    both = {"vanilla": 0.0, "zero_sink": -0.015}
+    title = {m: f"{m} (n={2 if m == fewer else 3})" for m in both}
+    assert drawn == {title[m]: pytest.approx(nats, abs=1e-6) for m, nats in both.items()}
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| zero_sink (n=2) | 4+60 | vanilla 4+60 | -0.0150 |" in text
+    assert "Of two mechanisms with seeds in common, those alone are averaged (n)." in text
+
+
+def test_seeds_apart_are_not_paired(tmp_path: Path) -> None:
+    made = [
+        make_result(tmp_path / mechanism / str(seed), mechanism, {"4+60": ppl}, TINY, name=str(seed), seed=seed)
+        for mechanism, seed, ppl in (("vanilla", 1, 20.0), ("vanilla", 2, 20.0), ("zero_sink", 3, 22.0))
+    ]
+    [d] = compare(made, tmp_path / "out").records["differences"]
+    assert (d["n"], d["seed_low"]) == (1, None)
+    assert d["nats"] == pytest.approx(np.log(1.1), abs=1e-6)
+
+
+def test_a_cell_of_fewer_seeds_than_its_row_says_so(tmp_path: Path) -> None:
+    for seed, caches in enumerate(({"0+64": 22.0, "4+60": 20.0}, {"0+64": 24.0, "4+60": 20.0}, {"4+60": 20.0})):
+        make_result(tmp_path / "seeds" / str(seed), "vanilla", caches, TINY, name=str(seed), seed=seed)
+    make_result(tmp_path / "seeds" / "one", "zero_sink", {"0+64": 22.0, "4+60": 22.0}, TINY, seed=1)
+    compare([tmp_path / "seeds"], tmp_path / "out")
+    assert (
+        "| vanilla (n=3) | 23.00 ± 12.71 (n=2) | 20.00 ± 0.00 |\n| zero_sink | 22.00 | 22.00 |"
+        in (tmp_path / "out" / "table3.md").read_text()
+    )
+
+
 @pytest.mark.parametrize("known", [(1, 2, None), (None, None, None)])
 def test_seeds_that_are_not_known_are_not_paired(tmp_path: Path, known: tuple[int | None, ...]) -> None:
     [d] = compare(seeds(tmp_path, known), tmp_path / "out").records["differences"]

@@ -49,14 +49,20 @@ def number(value: float | None) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
 
 
-def cell(entry: Record | None, with_paper: bool) -> str:
-    """``18.21 ± 0.05 (18.01)``: our mean, half its interval over seeds if there are several, the paper's value."""
+def cell(entry: Record | None, with_paper: bool, seeds: int) -> str:
+    """``18.21 ± 0.05 (18.01)``: our mean, half its interval over seeds if there are several, the paper's value.
+
+    Args:
+        seeds: of the row; a cell of fewer says so.
+    """
     if entry is None:
         return ""
     text = number(entry["mean"])
     if entry["high"] is not None:
         half = entry["high"] - entry["mean"]
         text += f" ± {half:,.0f}" if entry["mean"] >= 1000 else f" ± {number(half)}"
+    if entry["n"] < seeds:
+        text += f" (n={entry['n']})"
     return f"{text} ({number(entry['paper'])})" if with_paper and entry["paper"] else text
 
 

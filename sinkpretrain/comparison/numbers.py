@@ -52,8 +52,7 @@ class Group:
 
     def mean_losses(self, setting: str) -> NDArray[np.floating]:
         """Losses [tokens - 1], mean over the seeds."""
-        found = [losses for _, losses in self.of(setting)]
-        return found[0] if len(found) == 1 else np.mean(found, axis=0, dtype=np.float64)
+        return _mean([losses for _, losses in self.of(setting)])
 
     def reference(self, setting: str) -> str | None:
         """The cache as large as ``setting`` with the most initial positions; None if it is no cache."""
@@ -61,6 +60,10 @@ class Group:
         same = [s for r in self.results for s in r.settings if setting_order(s)[:2] == (0, size)]
         # Of equal ones the plain one: nothing left out or replaced.
         return max(same, key=lambda s: (setting_order(s)[2], setting_order(s)[3] == "")) if kind == 0 and same else None
+
+
+def _mean(losses: Sequence[Losses]) -> NDArray[np.floating]:
+    return losses[0] if len(losses) == 1 else np.mean(losses, axis=0, dtype=np.float64)
 
 
 def _seeds(model: About) -> tuple[int, ...] | None:
@@ -215,25 +218,55 @@ def _alike(g: Group) -> Any:
     return model["shape"], model["step"]
 
 
+@dataclass(frozen=True)
+class Paired:
+    """Losses of two groups over the same tokens, over the same trainings where there are some.
+
+    a, b: mean over the seeds.
+    n: how many of the first group.
+    of_seeds: mean difference of each pair of seeds; none where they are not paired.
+    """
+
+    a: NDArray[np.floating]
+    b: NDArray[np.floating]
+    n: int
+    of_seeds: list[float]
+
+
+def pair(a: Group, setting: str, b: Group, reference: str) -> Paired:
+    """Of two mechanisms the seeds that both have, of one the models that have both settings: another one's level would
+    count as a difference. All of both, not paired, where there are none or not all seeds are known."""
+    of_a, of_b = a.of(setting), b.of(reference)
+    if a is b:
+        both = a.having(setting, reference)
+        same_a, same_b = both.of(setting), both.of(reference)
+    else:
+        seeds_a, seeds_b = ({seeds for seeds, _ in of} for of in (of_a, of_b))
+        common = sorted(seeds_a & seeds_b) if None not in seeds_a | seeds_b else []
+        same_a, same_b = ([(seeds, dict(of)[seeds]) for seeds in common] for of in (of_a, of_b))
+    if same_a:
+        of_a, of_b = same_a, same_b
+    pairs = zip(same_a, same_b, strict=True)
+    of_seeds = [float((x.astype(np.float64) - y).mean()) for (_, x), (_, y) in pairs]
+    return Paired(_mean([x for _, x in of_a]), _mean([y for _, y in of_b]), len(of_a), of_seeds)
+
+
 def difference(a: Group, setting: str, b: Group, reference: str) -> Record:
     """Mean loss of ``a`` minus that of ``b`` over the same tokens, nats, with two 95 % intervals.
 
     ``low``, ``high``: bootstrap over blocks of the text, of the losses averaged over seeds. ``seed_low``,
-    ``seed_high``: t-interval over the differences of single seeds, where both have the same seeds, at least two.
+    ``seed_high``: t-interval over the differences of single seeds, where both have at least two in common.
     """
-    of_a, of_b = a.of(setting), b.of(reference)
-    mean, low, high = paired_difference(a.mean_losses(setting), b.mean_losses(reference))
-    seeds = None
-    if a is b or (None not in {s for s, _ in (*of_a, *of_b)} and {s for s, _ in of_a} == {s for s, _ in of_b}):
-        pairs = zip(of_a, of_b, strict=True) if a is b else ((x, (x[0], dict(of_b)[x[0]])) for x in of_a)
-        seeds = t_interval([float((x.astype(np.float64) - y).mean()) for (_, x), (_, y) in pairs])
+    paired = pair(a, setting, b, reference)
+    mean, low, high = paired_difference(paired.a, paired.b)
+    seeds = t_interval(paired.of_seeds)
     return {
         "title": a.title,
         "mechanism": a.mechanism,
         "setting": setting,
         "against": b.title,
         "reference": reference,
-        "n": len(of_a),
+        "n": paired.n,
         "nats": mean,
         "low": low,
         "high": high,

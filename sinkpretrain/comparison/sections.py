@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sinkpretrain import figures, inspect_figures, metrics
 from sinkpretrain.comparison import numbers, paper
@@ -56,17 +57,20 @@ def perplexity(results: list[Result], groups: list[Group], settings: list[str], 
     if beside:
         blocks.append(f"In parentheses: {paper.CITATION}.")
     if any(len(g.results) > 1 for g in groups):
-        blocks.append("Several seeds (n): their mean, ± half of its 95 % t-interval over seeds.")
+        blocks.append(
+            "Several seeds (n, in a cell where fewer were streamed so): their mean, ± half of its 95 % t-interval over "
+            "seeds."
+        )
     blocks += conditions(results)
     curves = [(row_title(g), {s: g.mean_losses(s) for s in settings if g.of(s)}) for g in groups]
     blocks.append(perplexity_picture(groups, curves, settings))
     base = next((g for g in groups if g.mechanism == "vanilla"), None)
     if base and len(curves) > 1:
-        blocks += change_picture(base, curves, settings)
+        blocks += change_picture(base, groups, settings)
     return Section("Streaming perplexity", blocks)
 
 
-def change_picture(base: Group, curves: figures.Models, settings: list[str]) -> list[Picture]:
+def change_picture(base: Group, groups: list[Group], settings: list[str]) -> list[Picture]:
     """Each cache against the same model's one of that size with the most initial positions, and what is no cache
     against the largest; nothing without a cache."""
     found = {s: base.reference(s) for s in settings}
@@ -77,6 +81,13 @@ def change_picture(base: Group, curves: figures.Models, settings: list[str]) -> 
     names = list(dict.fromkeys(map(heading, against.values())))
     at = f"at {names[0]}" if len(names) == 1 else f"in a cache of the same size ({', '.join(names)})"
     losses = {r: base.mean_losses(r) for r in set(against.values())}
+
+    def beside(g: Group, s: str) -> NDArray[np.floating]:
+        """The losses of ``base`` and, on top of them, what a group does otherwise with the same seeds."""
+        paired = numbers.pair(g, s, base, against[s])
+        return losses[against[s]] + (paired.a - paired.b)
+
+    curves = [(row_title(g), {s: beside(g, s) for s in settings if g.of(s)}) for g in groups]
     figure = figures.change_figure(curves, settings, {s: losses[r] for s, r in against.items()})
     return [Picture("change", f"The same as a change against {base.title} {at}: below the line is better.", figure)]
 
@@ -111,7 +122,7 @@ def table_3(groups: list[Group], settings: list[str], beside: bool) -> Table:
     return Table(
         ["mechanism", *map(heading, settings)],
         [
-            [row_title(g), *(cell(found.get(s), beside) for s in settings)]
+            [row_title(g), *(cell(found.get(s), beside, len(g.results)) for s in settings)]
             for g, found in ((g, numbers.cells(g, settings)) for g in groups)
         ],
     )
@@ -172,7 +183,8 @@ def differences(groups: list[Group]) -> list[Section]:
     if any(len(g.results) > 1 for g in groups):
         intervals += (
             "95 % over seeds: t-interval over the differences of seeds trained alike, which says how another training "
-            "might turn out; blank where seeds are not known or not the same."
+            "might turn out; blank where fewer than two are known to be. Of two mechanisms with seeds in common, those "
+            "alone are averaged (n)."
         )
     else:
         intervals += "How another training, with another seed, might turn out is not in it."
