@@ -28,9 +28,10 @@ def decode_figure(report: dict[str, Any]) -> Figure:
             mine = [f for f in found if (f["model"], f["strategy"]) == (model, strategy)]
             mine.sort(key=lambda f: f["length"])
             lengths = [f["length"] for f in mine]
-            (line,) = time.plot(lengths, [f["milliseconds"] for f in mine], "o-", color=colour, markersize=4)
-            lines.setdefault(f"{label}, {report['device']}", line)
-            memory.plot(lengths, [f["peak_memory_bytes"] / 2**30 for f in mine], "o-", color=colour, markersize=4)
+            if mine:
+                (line,) = time.plot(lengths, [f["milliseconds"] for f in mine], "o-", color=colour, markersize=4)
+                lines.setdefault(f"{label}, {report['device']}", line)
+                memory.plot(lengths, [f["peak_memory_bytes"] / 2**30 for f in mine], "o-", color=colour, markersize=4)
             if model in FIGURE_10:
                 place = list(STRATEGIES).index(strategy)
                 numbers = {length: values[place] for length, values in FIGURE_10[model].items()}

@@ -33,6 +33,15 @@ def test_figures_table_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "| toy | 40 |" in capsys.readouterr().out
 
 
+def test_a_strategy_that_was_not_measured_leaves_the_figure_to_the_other(tmp_path: Path) -> None:
+    words = ["--models", "toy", "--caches", "8", "--seconds", "0", "--recompute=false", "--drawings=false"]
+    out = tmp_path / "decode.json"
+    assert main(["bench", "decode", *words, "--compile=false", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    [legend] = decode_figure(report).legends
+    assert [t.get_text() for t in legend.get_texts()] == [f"streaming, {report['device']}"]
+
+
 def test_the_papers_numbers_stand_beside_ours() -> None:
     figure = {"model": "llama-2-13b", "length": 4096, "drawing": "temperature", "peak_memory_bytes": 2**30}
     report = {
