@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -265,7 +267,9 @@ def _load_neox(folder: Path, about: dict[str, Any], dtype: torch.dtype | None) -
         sink = from_dict(SinkConfig, about["sink"])
     state, files = hf.from_hf(_cast(hf.load_weights(folder), dtype), config), weight_files(folder)
     if about.get("form") == "seeded":
-        state |= _slot_parameters(folder / SLOT_FILE, sinks.build(sink, config), dtype)
+        with _errors_of(folder):
+            mechanism = sinks.build(sink, config)
+        state |= _slot_parameters(folder / SLOT_FILE, mechanism, dtype)
         files = (*files, folder / SLOT_FILE)
     return _of_recipe(config, sink, state, folder), files
 
@@ -297,11 +301,17 @@ def _load_own(folder: Path, raw: dict[str, Any], dtype: torch.dtype | None) -> t
 
 def _of_recipe(config: ModelConfig, sink: SinkConfig, state: dict[str, Tensor], source: Path) -> GPTNeoX:
     """The model with these weights; raises UserError, also where its mechanism is none that is known here."""
-    try:
+    with _errors_of(source):
         model = without_weights(config, sink)
+    return filled(model, state, source)
+
+
+@contextlib.contextmanager
+def _errors_of(source: Path) -> Iterator[None]:
+    try:
+        yield
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    return filled(model, state, source)
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -129,8 +129,8 @@ def _model(model: str, backend: str) -> tuple[dict[str, Any], LoadedModel | None
     try:
         loaded = load_model(model)
     except UserError:
-        # A family that this package does not read may still be one that transformers does.
-        if not is_folder or backend == "sinkpretrain":
+        # A family that this package does not read may still be one that transformers does; not what was exported here.
+        if not is_folder or backend == "sinkpretrain" or METADATA_KEY in read_config(folder):
             raise
         return _foreign(folder), None
     ours = isinstance(loaded.model, GPTNeoX)

@@ -326,6 +326,19 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return told
 
 
+def test_an_export_whose_mechanism_is_not_known_is_not_evaluated_without_it(
+    questions: Path, tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its folder loads in transformers alone, as another model: without its slot."""
+    folder = export(make_run(tmp_path / "run", MECHANISMS["key_bias"], tokenizer_file), tmp_path / "hf").folder
+    about = json.loads((folder / "config.json").read_text())
+    about["sinkpretrain"]["sink"]["mechanism"] = "of_somebody_else"
+    (folder / "config.json").write_text(json.dumps(about))
+    told = refusal(capsys, str(folder), "--out", str(tmp_path / "out"), "--local", str(questions), "--tasks", "piqa")
+    assert told.startswith(f"sinkpretrain zero-shot: {folder}: unknown sink mechanism 'of_somebody_else'; known: ")
+    assert not (tmp_path / "out").exists()
+
+
 def test_refusals(
     runs: dict[str, Path], questions: Path, tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
