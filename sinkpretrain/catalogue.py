@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any, Literal
 
 from sinkpretrain import sinks
@@ -11,30 +12,35 @@ from sinkpretrain.exporters import FORMS, natural_form
 from sinkpretrain.model import without_weights
 
 
-def list_mechanisms(config: str = "pythia-160m", format: Literal["table", "json", "markdown"] = "table") -> str:
+def list_mechanisms(
+    config: str = "pythia-160m", format: Literal["table", "json", "markdown"] = "table", mechanism: str = ""
+) -> str:
     """The sink mechanisms with their options, their parameters in a model, how they export, and what a stream keeps.
 
     Args:
         config: recipe of the model whose parameters are counted.
         format: table for a terminal, or json, or markdown.
+        mechanism: this one alone; module:Class for one of your own.
 
     Raises:
-        UserError: there is no such recipe.
+        UserError: there is no such recipe or mechanism.
     """
-    rows = catalogue(config)
+    rows = catalogue(config, [mechanism] if mechanism else [])
     if format == "json":
         return json.dumps(rows, indent=2)
     return _markdown(rows) if format == "markdown" else _table(rows, config)
 
 
-def catalogue(config: str = "pythia-160m") -> list[dict[str, Any]]:
-    """One entry per mechanism, with its default options; parameters are those it adds to the model of a recipe."""
+def catalogue(config: str = "pythia-160m", names: Collection[str] = ()) -> list[dict[str, Any]]:
+    """One entry per mechanism, by default all of the package, with its default options; parameters are those it adds to
+    the model of a recipe."""
     # Where the data decide how large the vocabulary is: any size, for what a mechanism adds does not depend on it.
     model = load_yaml(RunConfig, recipe_path(config)).model.resolved(2048)
     plain = without_weights(model).n_parameters()
     entries = []
-    for name, cls in sinks.REGISTRY.items():
+    for name in names or sinks.REGISTRY:
         sink = SinkConfig(name)
+        cls = sinks.mechanism_class(sink)
         net = without_weights(model, sink)
         learned = [i for i in net.prefix_ids if i >= model.tokenizer_size]
         entries.append(

@@ -20,6 +20,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from sinkpretrain import outside
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import read_json, write_atomically, write_json
 from sinkpretrain.load import NewerVersionError, numbered, read_checkpoint, step_of
@@ -244,7 +245,7 @@ def _is_doubling(step: int, first: int) -> bool:
 
 def clear_leftovers(run: Path) -> None:
     """Delete the unfinished temporary files of a process that was killed while it wrote into this run."""
-    for folder in (run, run / "checkpoints", run / "weights"):
+    for folder in (run, run / "checkpoints", run / "weights", run / outside.FOLDER):
         for path in folder.glob(".*.[0-9]*.tmp"):
             path.unlink(missing_ok=True)
 

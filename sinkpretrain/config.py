@@ -102,12 +102,17 @@ class SinkConfig:
     """Which sink mechanism, and its options.
 
     Args:
-        mechanism: its name, as ``sinkpretrain list`` shows it.
+        mechanism: its name, as ``sinkpretrain list`` shows it, or module:Class for one of your own.
         options: keyword arguments of the mechanism's class, e.g. ``{n: 2}`` for two sink tokens.
     """
 
     mechanism: str = "vanilla"
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def from_outside(self) -> bool:
+        """Whether it is a class of one's own (``sinkpretrain.outside``)."""
+        return ":" in self.mechanism
 
 
 @dataclass(frozen=True)

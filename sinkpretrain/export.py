@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from sinkpretrain import outside
 from sinkpretrain.errors import UserError
 from sinkpretrain.export_tokenizer import (
     VerificationError,
@@ -89,6 +90,7 @@ def export(
             write_model(temporary, loaded, form, getattr(torch, dtype), special_tokens(tokenizer))
             if tokenizer:
                 write_tokenizer(temporary, loaded, tokenizer)
+            outside.keep(loaded.trained.sink_config, temporary)
             (temporary / "README.md").write_text(model_card(loaded, form, tokenizer, dtype, note), encoding="utf-8")
             difference = _verify(temporary, loaded, form)
             if out.exists():

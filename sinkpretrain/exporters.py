@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sinkpretrain import hf, sinks
+from sinkpretrain import hf, outside, sinks
 from sinkpretrain.config import ModelConfig, SinkConfig, to_dict
 from sinkpretrain.errors import UserError
 from sinkpretrain.export_tokenizer import Special
@@ -71,6 +71,7 @@ def write_model(folder: Path, loaded: LoadedModel, form: Form, dtype: torch.dtyp
     about = {
         "model": to_dict(model.config),
         "sink": to_dict(model.sink_config),
+        outside.HASHES: outside.hashes(model.sink_config),
         "step": loaded.step,
         "name": loaded.name,
         "seeds": loaded.seeds,

@@ -6,6 +6,7 @@ the import, ``trust_remote_code=True`` does the same. Only public parts of trans
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from sinkpretrain import sinks
+from sinkpretrain import outside, sinks
 from sinkpretrain.attention import rotate, sink_attention, visible_keys
 from sinkpretrain.config import ModelConfig, SinkConfig, from_dict, to_dict
 from sinkpretrain.language import Attend
+from sinkpretrain.load import METADATA_KEY
 from sinkpretrain.model import GPTNeoX
 
 
@@ -54,7 +56,9 @@ class SinkPretrainForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore
 
     def __init__(self, config: SinkPretrainConfig) -> None:
         super().__init__(config)
-        self.model = GPTNeoX(from_dict(ModelConfig, config.model), from_dict(SinkConfig, config.sink), seed=None)
+        sink = from_dict(SinkConfig, config.sink)
+        outside.warn_if_edited(sink, getattr(config, METADATA_KEY, None) or {}, Path(config.name_or_path))
+        self.model = GPTNeoX(from_dict(ModelConfig, config.model), sink, seed=None)
         if self.model.embed.weight.device.type != "meta":
             self.model.init_weights(seed=0)
         self.post_init()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinkpretrain import hf, sinks
+from sinkpretrain import hf, outside, sinks
 from sinkpretrain.config import ModelConfig, RunConfig, SinkConfig, from_dict, load_yaml, to_dict
 from sinkpretrain.errors import UserError
 from sinkpretrain.families import load_decoder
@@ -73,7 +73,7 @@ class LoadedModel:
         return {
             "path": str(self.files[0] if len(self.files) == 1 else self.files[0].parent),
             "name": self.name,
-            "sha256": sha256_file(*self.files),
+            "sha256": outside.of_both(sha256_file(*self.files), self.model.sink_config),
             "step": self.step,
             "seeds": self.seeds,
             "mechanism": self.label,
@@ -89,6 +89,7 @@ def describe(model: GPTNeoX, step: int, name: str) -> dict[str, Any]:
         "version": CHECKPOINT_VERSION,
         "model": to_dict(model.config),
         "sink": to_dict(model.sink_config),
+        outside.HASHES: outside.hashes(model.sink_config),
         "step": step,
         "name": name,
     }
@@ -156,9 +157,11 @@ def _load_file(file: Path, run: Path, dtype: torch.dtype | None) -> LoadedModel:
         raise UserError(f"{file} does not say what model it holds; was it written by sinkpretrain?")
     config = from_dict(ModelConfig, about["model"])
     sink = from_dict(SinkConfig, about["sink"])
+    model = _of_recipe(config, sink, _cast(state, dtype), file)
+    outside.warn_if_edited(sink, about, run)
     tokenizer = run / "tokenizer.json"
     return LoadedModel(
-        model=_of_recipe(config, sink, _cast(state, dtype), file),
+        model=model,
         files=(file,),
         tokenizer=tokenizer if tokenizer.is_file() else None,
         tokenizer_sha256=sha256_file(tokenizer) if tokenizer.is_file() else None,
@@ -247,6 +250,7 @@ def _load_hf(folder: Path, dtype: torch.dtype | None) -> LoadedModel:
         model, files = _load_own(folder, raw, dtype)
     else:
         model, files = load_decoder(folder, dtype)
+    outside.warn_if_edited(model.sink_config, about, folder)
     tokenizer = folder / "tokenizer.json"
     return LoadedModel(
         model=model,

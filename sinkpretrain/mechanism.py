@@ -12,8 +12,8 @@ A mechanism has five hooks, each of which may stay as it is:
 
 * ``weigh``: another normalisation than a softmax, from logits to weights.
 
-``sinkpretrain.attention`` applies the last two in training, streaming and decoding alike. The
-mechanisms themselves are in ``sinkpretrain.sinks``.
+``sinkpretrain.attention`` applies the last two in training, streaming and decoding alike. The package's
+mechanisms are in ``sinkpretrain.sinks``; one of your own may be in any module (``sinkpretrain.outside``).
 
 What is called is not always a whole sample: a stream hands over a block or a single token, with the keys that its cache
 holds in any order. A hook therefore treats every token by what is given of it, not by its place among the others, and
@@ -129,7 +129,7 @@ REGISTRY: dict[str, type[Mechanism]] = {}
 
 
 def register(cls: type[Mechanism]) -> type[Mechanism]:
-    """Make a mechanism known by its name.
+    """Make a mechanism of the package known by its name.
 
     Raises:
         TypeError: what it declares cannot be used.
@@ -139,15 +139,25 @@ def register(cls: type[Mechanism]) -> type[Mechanism]:
             f"two sink mechanisms are called {cls.name!r}: {REGISTRY[cls.name].__qualname__} and {cls.__qualname__}; "
             "rename one of them."
         )
+    require_usable(cls)
+    REGISTRY[cls.name] = cls
+    return cls
+
+
+def require_usable(cls: type[Mechanism]) -> None:
+    """Check what a mechanism declares; raises TypeError."""
     if cls.uses("column") and cls.uses("weigh"):
         raise TypeError(f"{cls.__qualname__} fills both column and weigh; a column belongs to a softmax, so fill one.")
+    if len(inspect.signature(cls.__init__).parameters) < 2:
+        raise TypeError(f"the constructor of {cls.__qualname__} must take the model's configuration first.")
     for option, default in options(cls).items():
         if type(default) not in (bool, int, float, str):
             raise TypeError(
                 f"the option {option} of {cls.__qualname__} needs a default that is a bool, int, float or string."
             )
-    REGISTRY[cls.name] = cls
-    return cls
+    for said in ("name", "summary", "source"):
+        if not isinstance(getattr(cls, said, None), str):
+            raise TypeError(f"{cls.__qualname__} has no {said}; give the class one, a string.")
 
 
 def options(cls: type[Mechanism]) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from typing import Any
 
 import yaml
 
-from sinkpretrain import __version__, metrics, sinks
+from sinkpretrain import __version__, metrics, outside, sinks
 from sinkpretrain.config import RunConfig, load_yaml, to_dict
 from sinkpretrain.errors import UserError
 from sinkpretrain.exporters import FORMS, Form
-from sinkpretrain.files import read_json
+from sinkpretrain.files import read_json, sha256_file
 from sinkpretrain.load import LoadedModel
 from sinkpretrain.mechanism import NOTHING
 
@@ -46,7 +46,7 @@ transformers: {FORMS[form]}.
 | parameters | {about["parameters"]:,}, of which {model.n_parameters(embeddings=False):,} outside embeddings |
 | optimizer steps | {"unknown" if loaded.step is None else loaded.step} |
 | stored as | {dtype} |
-| sha256 of the source weights | `{about["sha256"]}` |
+| sha256 of the source weights | `{sha256_file(*loaded.files)}` |
 {_training(loaded)}
 ## What comes first
 
@@ -54,7 +54,7 @@ transformers: {FORMS[form]}.
 
 ## Loading it
 
-{_LOADING[form]}
+{_LOADING[form]}{_module(loaded, form)}
 ```python
 {_code(form, tokenizer is not None)}```
 {"" if tokenizer else NO_TOKENIZER}
@@ -75,6 +75,20 @@ _LOADING: dict[Form, str] = {
         "import.\n"
     ),
 }
+
+
+def _module(loaded: LoadedModel, form: Form) -> str:
+    """What it needs beside this package, where its mechanism is from outside of it."""
+    sink = loaded.model.sink_config
+    if not sink.from_outside:
+        return ""
+    module, _, name = sink.mechanism.partition(":")
+    start = "**The" if form == "own" else "For sinkpretrain's own commands, **the"
+    return (
+        f"\n{start} module `{module}` is needed as well**: the mechanism is its class `{name}`, which is no part of "
+        "sinkpretrain. Python must find it, in the current directory or on `PYTHONPATH`. Its code is in the folder's "
+        f"`{outside.FOLDER}`, to be read; nothing is imported from there.\n"
+    )
 
 
 def _code(form: Form, has_tokenizer: bool) -> str:

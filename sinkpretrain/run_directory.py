@@ -12,13 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sinkpretrain import slurm
-from sinkpretrain.checkpoint import clear_leftovers
+from sinkpretrain import outside, slurm
+from sinkpretrain.checkpoint import clear_leftovers, newest_checkpoint
 from sinkpretrain.config import RunConfig, load_yaml, save_yaml
 from sinkpretrain.data import Tokens, bin_file
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import exclusive, read_json, sha256_file, write_atomically, write_json
-from sinkpretrain.load import numbered
+from sinkpretrain.load import numbered, read_checkpoint
+from sinkpretrain.model import without_weights
 from sinkpretrain.provenance import provenance
 from sinkpretrain.tokens import TokenFile
 
@@ -69,7 +70,8 @@ def claim(run: Path, config: RunConfig, tokens: Tokens, allow_changes: bool = Fa
         if source and (known is None or not (run / "tokenizer.json").is_file()):
             write_atomically(run / "tokenizer.json", partial(shutil.copyfile, source))
         clear_leftovers(run)
-        write_json(run / "run.json", known or _about(tokens))
+        outside.keep(config.sink, run)
+        write_json(run / "run.json", known or _about(config, tokens))
         # Last: a directory with a config.yaml is a complete run directory.
         write_atomically(run / "config.yaml", lambda p: save_yaml(config, p))
         yield
@@ -92,7 +94,8 @@ def _belongs(run: Path, config: RunConfig, tokens: Tokens, allow_changes: bool) 
                 "one that the same command writes into a new --out is the same but for its name), or choose another "
                 "--out."
             )
-        begun = {"run.json", "tokenizer.json", "lock"}  # a process that was killed before the first step
+        # A process that was killed before the first step.
+        begun = {"run.json", "tokenizer.json", "lock", outside.FOLDER}
         if run.is_dir() and any(p.name not in begun and not p.name.endswith(".tmp") for p in run.iterdir()):
             raise UserError(f"{run} holds something else than a run; choose another --out.")
         return None
@@ -113,12 +116,36 @@ def _belongs(run: Path, config: RunConfig, tokens: Tokens, allow_changes: bool) 
             f"{run} was trained on other data ({', '.join(changed)} differ); choose another --out, restore "
             "data.path, or give --allow-changes to go on with the new data."
         )
+    edited = outside.edited(config.sink, about, run)
+    if edited and not allow_changes:
+        raise UserError(
+            f"the code of the sink mechanism has changed since {run} was trained: {', '.join(edited)}; restore it, "
+            "choose another --out, or give --allow-changes to go on with the new code."
+        )
+    if edited:
+        _require_same_parameters(run, config)
     for split, file in _described(tokens).items():
         if about.get("stamps", {}).get(split) != _stamp(file) and f"{split}_sha256" not in changed:
             _require_as_written(tokens, file)
-    if fields or changed:
-        warnings.warn(f"{run} goes on with changes: {', '.join([*fields, *changed])}.", stacklevel=2)
-    return about | _about(tokens, about["wandb_id"])
+    if fields or changed or edited:
+        warnings.warn(f"{run} goes on with changes: {', '.join([*fields, *changed, *edited])}.", stacklevel=2)
+    return about | _about(config, tokens, about["wandb_id"])
+
+
+def _require_same_parameters(run: Path, config: RunConfig) -> None:
+    """A run may go on with other code of its mechanism, not with a mechanism whose parameters it does not have."""
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is None:
+        return
+    saved = {name: tensor.shape for name, tensor in read_checkpoint(checkpoint)["state_dict"].items()}
+    model = without_weights(config.model, config.sink)
+    wanted = {f"model.{name}": tensor.shape for name, tensor in model.state_dict().items()}
+    other = [n for n in {**saved, **wanted} if ".sink." in n and saved.get(n) != wanted.get(n)]
+    if other:
+        raise UserError(
+            f"the new code of the sink mechanism does not fit what {run} has saved: its tensors are others "
+            f"({other[0].removeprefix('model.')}, for one); restore it, or choose another --out."
+        )
 
 
 def _state(run: Path) -> list[bytes | None]:
@@ -127,10 +154,12 @@ def _state(run: Path) -> list[bytes | None]:
     return [file.read_bytes() if file.is_file() else None for file in files]
 
 
-def _about(tokens: Tokens, wandb_id: str = "") -> dict[str, Any]:
-    """What run.json says about the data, and the run's name at wandb: a new one unless it has one."""
+def _about(config: RunConfig, tokens: Tokens, wandb_id: str = "") -> dict[str, Any]:
+    """What run.json says about the data and the mechanism's code, and the run's name at wandb: a new one unless it has
+    one."""
     stamps = {split: _stamp(file) for split, file in _described(tokens).items()}
-    return {"data": tokens.identity(), "wandb_id": wandb_id or uuid.uuid4().hex[:12], "stamps": stamps}
+    about = {"data": tokens.identity(), "wandb_id": wandb_id or uuid.uuid4().hex[:12], "stamps": stamps}
+    return about | {outside.HASHES: outside.hashes(config.sink)}
 
 
 def _read_about(run: Path, allow_changes: bool) -> dict[str, Any]:

@@ -5,7 +5,8 @@ l_i = logsumexp_j a_ij and o_i the ordinary output, all those that add a column 
 
     out_i = g_i * o_i + (1 - g_i) * v',     g_i = sigmoid(l_i - s_i)
 
-A new mechanism is one class here and one small file under ``configs/sinks``; nothing else names it.
+A new mechanism of the package is one class here and one small file under ``configs/sinks``; nothing else names it. One
+that is not to be in the package is named ``module:Class`` (``sinkpretrain.outside``).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from sinkpretrain.mechanism import Mechanism as Mechanism
 from sinkpretrain.mechanism import Vocabulary as Vocabulary
 from sinkpretrain.mechanism import options as options
 from sinkpretrain.mechanism import register
+from sinkpretrain.outside import outside_class
 
 
 @register
@@ -410,10 +412,12 @@ class ClippedSoftmax(Mechanism):
 
 def mechanism_class(config: SinkConfig) -> type[Mechanism]:
     """The class that a configuration names, its option names checked; raises UserError."""
-    if config.mechanism not in REGISTRY:
-        raise UserError(f"unknown sink mechanism {config.mechanism!r}; {meant(config.mechanism, REGISTRY)}")
-    cls = REGISTRY[config.mechanism]
-    known = {name: type(default) for name, default in options(cls).items()}
+    name = config.mechanism
+    if name not in REGISTRY and not config.from_outside:
+        kinds = "one of your own is named module:Class, the others:" if "." in name else "known:"
+        raise UserError(f"unknown sink mechanism {name!r}; {meant(name, REGISTRY, kinds)}")
+    cls = outside_class(name) if config.from_outside else REGISTRY[name]
+    known = {option: type(default) for option, default in options(cls).items()}
     for key, value in config.options.items():
         if key not in known:
             raise UserError(

@@ -182,7 +182,11 @@ def check(experiment: Experiment) -> None:
 
     for member in experiment.members():
         try:
-            load_run_config(member.train_flags())
+            sink = load_run_config(member.train_flags()).sink
+            if sink.from_outside:  # its module may be missing; looking costs the import of torch
+                from sinkpretrain.sinks import mechanism_class
+
+                mechanism_class(sink)
         except UserError as error:
             raise UserError(f"{member.name}: {error}") from error
 

@@ -29,7 +29,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch.nn.parallel import DistributedDataParallel
 
-from sinkpretrain import attempts, metrics, sinks, slurm
+from sinkpretrain import attempts, metrics, outside, sinks, slurm
 from sinkpretrain.checkpoint import AtomicCheckpointIO, BackgroundWriter, newest_checkpoint
 from sinkpretrain.config import MAX_SINK_TOKENS, RunConfig, require_ranges, to_dict
 from sinkpretrain.data import Batch, Samples, Stream, Tokens, fingerprint, open_data, training_order
@@ -210,6 +210,7 @@ def facts(config: RunConfig, tokens: Tokens, checkpoint: Path | None) -> dict[st
         "data spot check": fingerprint(tokens.train, 1 << 10)[:12],  # are the copies on two nodes the same?
         "newest checkpoint": checkpoint.name if checkpoint else None,
         "code": source_hash(),
+        **{f"code of {module}": sha256 for module, sha256 in outside.hashes(config.sink).items()},
         **{f"version of {name}": value for name, value in versions().items()},
     }
 

@@ -34,7 +34,7 @@ def _registry() -> Iterator[None]:
 class Scaled(Mechanism):
     """A parameter for the hooks to use, with a start that hides what it does."""
 
-    name = "mine"
+    name = summary = source = "mine"
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
