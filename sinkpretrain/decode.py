@@ -93,7 +93,13 @@ class Engine:
         return self.logits_V
 
     def compile(self) -> None:
-        """Let torch.compile fuse what a step does; takes up to a minute when the first is taken."""
+        """Let torch.compile fuse what a step does; takes up to a minute when the first is taken.
+
+        Raises:
+            UserError: the model's forward is not known to allow it.
+        """
+        if not self.model.replayable:
+            raise UserError("a model that transformers' code runs is not compiled; leave --compile out.")
         self._trunk = torch.compile(self._last_logits, fullgraph=True, dynamic=False)
 
     @property
@@ -127,16 +133,18 @@ class Replayed:
     Args:
         function: without arguments or result.
         generator: what it draws from.
+        captures: whether it may be captured.
     """
 
-    def __init__(self, function: Callable[[], None], generator: torch.Generator) -> None:
+    def __init__(self, function: Callable[[], None], generator: torch.Generator, captures: bool = True) -> None:
         self.function, self.generator = function, generator
+        self._captures = captures and generator.device.type == "cuda"
         self._graph: torch.cuda.CUDAGraph | None = None
         self._calls = 0
 
     def __call__(self) -> None:
         self._calls += 1
-        if self._graph is None and self.generator.device.type == "cuda" and self._calls > WARM_UP:
+        if self._graph is None and self._captures and self._calls > WARM_UP:
             self._graph = torch.cuda.CUDAGraph()
             self._graph.register_generator_state(self.generator)
             with torch.cuda.graph(self._graph):
@@ -158,7 +166,7 @@ class TokenStream:
         assert engine.tracks_ids or not sampler.reads_cached
         self.engine, self.sampler = engine, sampler
         self._drawn_1 = torch.zeros_like(engine.token_1)
-        self._advance = Replayed(self._step_and_draw, sampler.generator)
+        self._advance = Replayed(self._step_and_draw, sampler.generator, engine.model.replayable)
         self._outbox = Outbox(engine.device)
 
     def __iter__(self) -> Iterator[int]:

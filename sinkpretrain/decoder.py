@@ -222,6 +222,8 @@ class Decoder(nn.Module):
         cos, sin = angle_tables(positions_T, self._constants(rotary.frequencies))
         return (cos, sin) if rotary.factor == 1.0 else (cos * rotary.factor, sin * rotary.factor)
 
+    replayable: bool = True
+
     @property
     def slopes(self) -> Tensor | None:
         positions = self.config.positions

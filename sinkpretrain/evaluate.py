@@ -63,8 +63,8 @@ def stream(
     Settings that the results file in --out already holds for the same model and tokens are not computed again.
 
     Args:
-        model: run directory, checkpoint or weights file; or a Hugging Face folder or Hub name of a GPT-NeoX (Pythia),
-            Llama, Mistral, Qwen2, Qwen3, Falcon, MPT or GPT-2 model.
+        model: run directory, checkpoint or weights file; or a Hugging Face folder or Hub name of any decoder that
+            transformers has and that can be streamed exactly (docs/streaming.md).
         tokens: a .npy file of token ids, or a folder written by ``sinkpretrain prepare``.
         text: text to tokenize with the model's tokenizer instead: a file or folder, as ``prepare`` takes.
         cache: cache settings x+y, separated by commas: x initial positions (sink tokens included), y recent ones.

@@ -56,13 +56,14 @@ def load_decoder(folder: Path, dtype: torch.dtype | None = None) -> tuple[Decode
     """The model in a Hugging Face folder, in evaluation mode on the CPU, and the files it was read from.
 
     Args:
+        folder: its config.json names one of ``FAMILIES``.
         dtype: of the weights; None keeps the one they are stored in.
 
     Raises:
-        UserError: an unknown family, an option that would not be exact, or weights that do not fit the configuration.
+        UserError: an option that would not be exact, or weights that do not fit the configuration.
     """
     raw = read_config(folder)
-    family = family_of(raw, folder)
+    family = FAMILIES[raw["model_type"]]
     try:
         spec = family.read(_configuration(raw))
     except UserError as error:
@@ -79,14 +80,6 @@ def load_decoder(folder: Path, dtype: torch.dtype | None = None) -> tuple[Decode
     if spec.tied:  # assigned one by one, they would be two parameters
         model.head.weight = model.embed.weight
     return model, weights.files
-
-
-def family_of(raw: Mapping[str, Any], folder: Path) -> Family:
-    """The family that a config.json names; raises UserError with the known ones."""
-    name = raw.get("model_type")
-    if name not in FAMILIES:
-        raise UserError(f"{folder} holds a {name!r} model; known families: gpt_neox, {', '.join(sorted(FAMILIES))}.")
-    return FAMILIES[name]
 
 
 def collect(family: Family, model: Decoder, weights: Weights) -> list[tuple[str, Tensor]]:

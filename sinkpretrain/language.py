@@ -44,7 +44,7 @@ class Shape(Protocol):
 class LanguageModel(Protocol):
     """A decoder-only transformer whose attention is a function given to its forward.
 
-    ``GPTNeoX`` (what is trained here) and ``Decoder`` (models of other makers) satisfy it.
+    ``GPTNeoX`` (what is trained here), ``Decoder`` and ``Foreign`` (models of other makers) satisfy it.
 
     embed, head: the vocabulary's matrices; logits are ``head(hidden)``.
     blocks: its layers, modules called with the residual stream [B, T, C] first, which return it.
@@ -55,6 +55,7 @@ class LanguageModel(Protocol):
     windows: for each layer how many keys a query may see, itself included, or None for all before it.
     pinned: keys in the first so many places are seen through every window.
     learned_positions: how many positions its embedding of positions has, or None if it has no such embedding.
+    replayable: a forward does the same to every token, so that it may be compiled, or captured in a CUDA graph.
     """
 
     embed: nn.Embedding
@@ -74,6 +75,8 @@ class LanguageModel(Protocol):
     def pinned(self) -> int: ...
     @property
     def learned_positions(self) -> int | None: ...
+    @property
+    def replayable(self) -> bool: ...
 
     def hidden(self, ids_BT: Tensor, attend: Attend | None = None, positions_T: Tensor | None = None) -> Tensor:
         """The normed last hidden state [B, T, C]; plain causal attention unless ``attend`` says otherwise.

@@ -18,10 +18,11 @@ from torch import Tensor
 from sinkpretrain import hf, outside, sinks
 from sinkpretrain.config import ModelConfig, RunConfig, SinkConfig, from_dict, load_yaml, to_dict
 from sinkpretrain.errors import UserError
-from sinkpretrain.families import load_decoder
+from sinkpretrain.families import FAMILIES, load_decoder
 from sinkpretrain.files import sha256_file, write_atomically
 from sinkpretrain.language import LanguageModel
 from sinkpretrain.model import GPTNeoX, without_weights
+from sinkpretrain.probe import load_foreign
 from sinkpretrain.weights import HUB_NAME, filled, hub_folder, read_config, weight_files
 
 METADATA_KEY = "sinkpretrain"
@@ -248,8 +249,10 @@ def _load_hf(folder: Path, dtype: torch.dtype | None) -> LoadedModel:
         model, files = _load_neox(folder, about, dtype)
     elif raw.get("model_type") == METADATA_KEY:
         model, files = _load_own(folder, raw, dtype)
-    else:
+    elif raw.get("model_type") in FAMILIES:
         model, files = load_decoder(folder, dtype)
+    else:
+        model, files = load_foreign(folder, dtype)
     outside.warn_if_edited(model.sink_config, about, folder)
     tokenizer = folder / "tokenizer.json"
     return LoadedModel(

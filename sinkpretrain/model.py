@@ -175,6 +175,7 @@ class GPTNeoX(nn.Module):
 
     slopes: Tensor | None = None
     learned_positions: int | None = None
+    replayable: bool = True
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -60,7 +60,11 @@ def build(name: str, **changes: Any) -> torch.nn.Module:
     kind, options = MODELS[name]
     config = AutoConfig.for_model(kind, **{**options, **changes})
     torch.manual_seed(sum(map(ord, name)))
-    model = AutoModelForCausalLM.from_config(config).float().eval()
+    return sharpened(AutoModelForCausalLM.from_config(config).float().eval())
+
+
+def sharpened(model: torch.nn.Module) -> torch.nn.Module:
+    """A model whose attention is peaked and whose vectors have values, in place."""
     with torch.no_grad():
         for key, p in model.named_parameters():
             if p.dim() == 1:

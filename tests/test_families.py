@@ -201,7 +201,7 @@ def changed(folder: Path, to: Path, **options: object) -> Path:
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
-        ("llama", {"model_type": "mamba"}, "'mamba' model; known families: gpt_neox, falcon, gpt2, llama"),
+        ("llama", {"model_type": "mamba"}, "do not fit its config.json .missing keys: backbone"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "scaled by 'dynamic'"),
         ("llama", {"hidden_act": "tanh"}, "activation 'tanh' is not supported"),
         ("llama", {"num_hidden_layers": 4}, r"lack 'model\.layers\.3\.input_layernorm"),

@@ -1,0 +1,273 @@
+"""Models of kinds that are not known by name: against transformers' own forward, streamed, and those to be refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from family_factory import evicting_loop, save, sharpened
+from safetensors.torch import load_file, save_file
+
+from sinkpretrain.cache import Cache
+from sinkpretrain.cli import main
+from sinkpretrain.decode import Engine
+from sinkpretrain.decoder import Rotary
+from sinkpretrain.errors import UserError
+from sinkpretrain.foreign import Foreign, Turn
+from sinkpretrain.load import load_model
+from sinkpretrain.probe import distance, load_foreign
+from sinkpretrain.streaming import dense_nll, recompute_nll, stream_nll, token_loop_nll
+
+SHAPE = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+MIXED = ["sliding_attention", "full_attention"] * 2
+TWO_BASES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "default", "rope_theta": 1e5},
+}
+
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt_oss": EXPERTS | {"head_dim": 8, "sliding_window": 9},  # a learned logit, windows, yarn, experts
+    "gemma3_text": {"head_dim": 16, "sliding_window": 9, "layer_types": MIXED, "rope_parameters": TWO_BASES},
+    "gemma2": {
+        "head_dim": 8,
+        "sliding_window": 9,
+        "query_pre_attn_scalar": 2,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 5.0,
+    },  # capped logits
+    "olmo2": {},  # norms of all q and k, and behind attention
+    "cohere2": {"sliding_window": 9, "layer_types": MIXED},  # neighbours rotated, or nothing; logits scaled
+    "glm4": {"head_dim": 8},  # half of the dimensions rotated, neighbours
+    "stablelm": {},  # a quarter of them, halves
+    "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 3.0},
+    "phi": {"num_key_value_heads": 4},  # a bias of the output matrix
+    "mixtral": EXPERTS,
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "num_key_value_heads": None},  # learned positions
+}
+
+FACTORS = {"cohere2": 16.0, "granite": 3.0}
+"""By which the output matrix is made larger where its logits are scaled down."""
+
+Made = Callable[[str], tuple[torch.nn.Module, Path]]
+
+
+def build(kind: str, **options: Any) -> torch.nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, **{k: v for k, v in {**SHAPE, **options}.items() if v is not None})
+    torch.manual_seed(sum(map(ord, kind)))
+    model = sharpened(AutoModelForCausalLM.from_config(config).float().eval())
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(FACTORS.get(kind, 1.0))
+    return model
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder, cache = tmp_path_factory.mktemp("foreign"), {}
+
+    def get(kind: str) -> tuple[torch.nn.Module, Path]:
+        if kind not in cache:
+            model = build(kind, **MODELS[kind])
+            cache[kind] = model, save(model, folder / kind)
+        return cache[kind]
+
+    return get
+
+
+def ids_for(length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, 96, length)
+
+
+@torch.no_grad()
+def own_nll(theirs: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
+    logits = theirs(input_ids=torch.from_numpy(ids)[None]).logits[0, :-1]
+    return F.cross_entropy(logits, torch.from_numpy(ids[1:]), reduction="none").numpy()
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_parity_with_transformers(kind: str, made: Made) -> None:
+    theirs, folder = made(kind)
+    ours, ids = load_foreign(folder)[0], ids_for(60)
+    want = own_nll(theirs, ids)
+    assert want.std() > 0.5
+    assert np.abs(dense_nll(ours, ids, block=17) - want).max() < 5e-5
+    assert np.abs(recompute_nll(ours, ids, 60)[:50] - want[:50]).max() < 5e-5
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("positions", ["in-cache", "absolute"])
+def test_blocks_equal_the_token_loop(kind: str, positions, made: Made) -> None:
+    ours, ids, cache = load_foreign(made(kind)[1])[0], ids_for(40), Cache(2, 11)
+    want = token_loop_nll(ours, ids, cache, positions=positions)
+    for block in (7, 64):
+        assert np.abs(stream_nll(ours, ids, cache, block=block, positions=positions) - want).max() < 1e-4, block
+    assert np.abs(stream_nll(ours, ids, Cache(0, 13), positions=positions) - want).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "positions", "place"),
+    [
+        ("olmo2", "absolute", lambda t, size: t),
+        ("glm4", "absolute", lambda t, size: t),
+        ("granite", "absolute", lambda t, size: t),
+        ("phi", "absolute", lambda t, size: t),
+        ("opt", "absolute", lambda t, size: t),
+        ("opt", "in-cache", lambda t, size: min(t, size)),
+    ],
+)
+def test_streaming_equals_transformers_with_an_evicting_cache(kind: str, positions, place, made: Made) -> None:
+    theirs, folder = made(kind)
+    ours, ids, cache = load_foreign(folder)[0], ids_for(60), Cache(3, 10)
+    want = evicting_loop(theirs, ids, cache, place)
+    assert np.abs(stream_nll(ours, ids, cache, positions=positions) - want).max() < 1e-4
+    other = "absolute" if positions == "in-cache" else "in-cache"
+    assert np.abs(stream_nll(ours, ids, cache, positions=other) - want).max() > 1e-3
+
+
+def test_what_is_found_out(made: Made) -> None:
+    specs = {kind: load_foreign(made(kind)[1])[0].config for kind in MODELS}
+    turns = {kind: spec.turns for kind, spec in specs.items()}
+    assert specs["gpt_oss"].windows == (9, None, 9, None)
+    assert [kind for kind in MODELS if specs[kind].sink_logits] == ["gpt_oss"]
+    assert {turn.rotary.factor for turn in turns["gpt_oss"]} != {1.0}
+    assert turns["gemma3_text"] == turns["gemma3_text"][:2] * 2
+    assert len(set(turns["gemma3_text"])) == 2
+    assert {kind: spec.head_dim for kind, spec in specs.items() if spec.head_dim != 8} == {
+        "gemma3_text": 32, "cohere2": 16,
+    }  # fmt: skip
+    assert [turn is None for turn in turns["cohere2"]] == [False, True] * 2
+    assert [kind for kind in MODELS if turns[kind][0] and turns[kind][0].neighbours] == ["cohere2", "glm4"]
+    assert (turns["glm4"][0].width, turns["stablelm"][0].width) == (4, 2)
+    assert specs["granite"].scales == (0.3,) * 4
+    factors = {kind: spec.logit_factor for kind, spec in specs.items() if spec.logit_factor != 1.0}
+    assert factors == {"cohere2": pytest.approx(0.0625), "granite": pytest.approx(1 / 3)}
+    assert {kind for kind in MODELS if specs[kind].learned_positions} == {"opt"}
+    assert not any(turns["opt"])
+
+
+def slower(turn: Turn) -> Turn:
+    return replace(turn, rotary=Rotary(tuple(f / 2 for f in turn.rotary.frequencies), turn.rotary.factor))
+
+
+MUTATIONS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
+    "other frequencies": ("olmo2", lambda s: {"ways": tuple(map(slower, s.ways))}),
+    "one base for all": ("gemma3_text", lambda s: {"way_of": (0,) * 4}),
+    "halves for neighbours": ("glm4", lambda s: {"ways": (replace(s.ways[0], neighbours=False),)}),
+    "a rotation for all": ("cohere2", lambda s: {"way_of": (0,) * 4}),
+    "windows of other layers": ("cohere2", lambda s: {"windows": s.windows[::-1]}),
+    "window off by one": ("gpt_oss", lambda s: {"windows": (10, None, 10, None)}),
+    "no cap": ("gemma2", lambda s: {"caps": (None,) * 4}),
+    "no cap of the head": ("gemma2", lambda s: {"logit_cap": None}),
+    "usual scale": ("granite", lambda s: {"scales": (8**-0.5,) * 4}),
+}
+
+
+@pytest.mark.parametrize("mutation", list(MUTATIONS))
+def test_mutations_show(mutation: str, made: Made) -> None:
+    kind, change = MUTATIONS[mutation]
+    theirs, folder = made(kind)
+    ours, ids = load_foreign(folder)[0], ids_for(60)
+    logits = [sink.s for sink in ours.sinks] if ours.adds_column else []
+    ours.head._forward_hooks.clear()  # what scales its logits
+    right = Foreign(ours.theirs, ours.blocks, ours.config, logits)
+    assert np.abs(dense_nll(right, ids) - own_nll(theirs, ids)).max() < 5e-5
+    ours.head._forward_hooks.clear()
+    wrong = Foreign(ours.theirs, ours.blocks, replace(ours.config, **change(ours.config)), logits)
+    assert np.abs(dense_nll(wrong, ids) - own_nll(theirs, ids)).max() > 1e-3
+
+
+def test_a_learned_logit_is_the_column_that_can_be_left_out(made: Made) -> None:
+    ours, ids = load_foreign(made("gpt_oss")[1])[0], ids_for(40)
+    kept, dropped = (stream_nll(ours, ids, Cache(0, 12), drop_column=drop) for drop in (False, True))
+    assert np.abs(kept - dropped).max() > 1e-3
+    assert load_model(made("gpt_oss")[1]).label == "sink_logit"
+
+
+def test_weights_keep_their_dtype(made: Made, tmp_path: Path) -> None:
+    theirs, _ = made("olmo2")
+    folder = save(build("olmo2").bfloat16(), tmp_path / "m")
+    ours, _ = load_foreign(folder)
+    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
+    assert distance(ours(torch.from_numpy(ids_for(30))[None]), theirs(torch.from_numpy(ids_for(30))[None]).logits) < 500
+    assert {p.dtype for p in load_foreign(folder, torch.float32)[0].parameters()} == {torch.float32}
+
+
+def test_tokens_are_read_as_one_by_one(made: Made) -> None:
+    for kind in ("gpt_oss", "gemma3_text", "opt"):
+        ours, ids = load_foreign(made(kind)[1])[0], ids_for(40)
+        engine = Engine(ours, Cache(2, 11))
+        nll = [F.cross_entropy(engine.step(int(a))[None], torch.tensor([int(b)])) for a, b in pairwise(ids)]
+        assert np.abs(torch.stack(nll).numpy() - token_loop_nll(ours, ids, Cache(2, 11))).max() < 1e-4
+        with pytest.raises(UserError, match="leave --compile out"):
+            engine.compile()
+
+
+def test_commands_take_them(made: Made, tmp_path: Path) -> None:
+    _, folder = made("gpt_oss")
+    np.save(tmp_path / "ids.npy", ids_for(300))
+    out = tmp_path / "out"
+    words = ["--tokens", str(tmp_path / "ids.npy"), "--out", str(out), "--progress", "false"]
+    assert main(["stream", str(folder), *words, "--cache", "0+16,4+12"]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert (results["model"]["shape"]["family"], results["model"]["mechanism"]) == ("gpt_oss", "sink_logit")
+    assert {"0+16", "4+12", "0+16-nocolumn"} <= results["settings"].keys()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "phi3": ({"rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 64}}, "depends on the length"),
+    "hunyuan_v1_dense": ({"head_dim": 8}, "rotates queries and keys in a way"),  # norms behind the rotation
+    "diffllama": ({}, "4 attend, in 8 calls"),
+    "lfm2": ({"layer_types": ["conv", "full_attention"] * 2}, "2 attend, in 2 calls"),
+    "mamba": ({}, "0 attend"),
+    "bloom": ({"n_head": 4, "n_layer": 4}, "0 attend"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(REFUSED))
+def test_what_would_not_be_exact_is_refused(kind: str, tmp_path: Path) -> None:
+    options, sentence = REFUSED[kind]
+    folder = save(build(kind, **options), tmp_path / kind)
+    with pytest.raises(UserError, match=f"{kind} cannot be streamed exactly: .*{sentence}"):
+        load_foreign(folder)
+
+
+def test_tokens_that_meet_outside_of_attention(made: Made, tmp_path: Path, monkeypatch) -> None:
+    from transformers.models.olmo2.modeling_olmo2 import Olmo2MLP
+
+    plain = Olmo2MLP.forward
+    monkeypatch.setattr(Olmo2MLP, "forward", lambda self, x: plain(self, x) + x.cumsum(1))
+    with pytest.raises(UserError, match="tokens meet in layer"):
+        load_foreign(made("olmo2")[1])
+
+
+def test_folders_that_do_not_fit(tmp_path: Path) -> None:
+    folder = save(build("olmo2"), tmp_path / "m")
+    state = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    for changed, what in (
+        ({k: v for k, v in state.items() if k != name}, f"missing keys: {name}"),
+        (state | {"more": torch.zeros(1)}, "unexpected keys: more"),
+        (state | {name: torch.zeros(2, 2)}, name),
+    ):
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=f"^the weights in .* do not fit its config.json .*{what}"):
+            load_model(folder)
+    (folder / "config.json").write_text('{"model_type": "no such thing"}')
+    with pytest.raises(UserError, match=r"^transformers cannot load .*no such thing"):
+        load_model(folder)
