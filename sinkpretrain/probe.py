@@ -122,18 +122,19 @@ def _taken_over(theirs: Any) -> Foreign:
     register()
     tables = _unrotate(base)
     theirs.set_attn_implementation(TRACED)
-    calls = _trace(base, ids, here)
+    calls, hidden = _trace(base, ids, here)
     if len(calls) != n_layer or len({call.module for call in calls}) != n_layer:
         raise UserError(f"of its {n_layer} layers, {len({c.module for c in calls})} attend, in {len(calls)} calls.")
-    pieces = [_trace(base, ids[:, part], here[:, part]) for part in (slice(0, TOKENS // 2), slice(TOKENS // 2, None))]
-    for layer, (whole, first, second) in enumerate(zip(calls, *pieces, strict=True)):
-        if distance(torch.cat((first.q, second.q), dim=2), whole.q) > 1:
-            raise UserError(f"tokens meet in layer {layer} or before it by other means than attention.")
-    moved = _trace(base, ids, there)
+    halves = slice(0, TOKENS // 2), slice(TOKENS // 2, None)
+    (first, left), (second, right) = (_trace(base, ids[:, half], here[:, half]) for half in halves)
+    queries = [(torch.cat((a.q, b.q), dim=2), c.q) for a, b, c in zip(first, second, calls, strict=True)]
+    if any(distance(pieces, whole) > 1 for pieces, whole in [*queries, (torch.cat((left, right), dim=1), hidden)]):
+        raise UserError("tokens meet by other means than attention.")
+    moved, _ = _trace(base, ids, there)
     learned = any(not torch.equal(a.q, b.q) for a, b in zip(calls, moved, strict=True))
     for table in tables:
         table.on = True
-    rotated = _trace(base, ids, there)
+    rotated, _ = _trace(base, ids, there)
     for table in tables:
         table.on = False
     ways = _ways(tables)
@@ -192,16 +193,16 @@ def _own_forward(theirs: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, T
     return kept[0], logits
 
 
-def _trace(base: nn.Module, ids: Tensor, positions: Tensor) -> list[Call]:
-    """What each layer hands to its attention, in a forward in which attention returns zeros."""
+def _trace(base: nn.Module, ids: Tensor, positions: Tensor) -> tuple[list[Call], Tensor]:
+    """What each layer hands to its attention in a forward in which attention returns zeros, and what comes out."""
     calls: list[Call] = []
 
     def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]) -> Tensor:
         calls.append(Call(module, q.clone(), k.clone(), v.shape[-1], getattr(mask, "rule", None), options))
         return v.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
 
-    run(base, ids, positions, attention)
-    return calls
+    hidden = run(base, ids, positions, attention)
+    return calls, hidden
 
 
 def _unrotate(base: nn.Module) -> list[Unrotated]:

@@ -252,7 +252,7 @@ def test_tokens_that_meet_outside_of_attention(made: Made, tmp_path: Path, monke
 
     plain = Olmo2MLP.forward
     monkeypatch.setattr(Olmo2MLP, "forward", lambda self, x: plain(self, x) + x.cumsum(1))
-    with pytest.raises(UserError, match="tokens meet in layer"):
+    with pytest.raises(UserError, match="tokens meet by other means"):
         load_foreign(made("olmo2")[1])
 
 
