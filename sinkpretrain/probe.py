@@ -124,7 +124,9 @@ def _taken_over(theirs: Any) -> Foreign:
     theirs.set_attn_implementation(TRACED)
     calls, hidden = _trace(base, ids, here)
     if len(calls) != n_layer or len({call.module for call in calls}) != n_layer:
-        raise UserError(f"of its {n_layer} layers, {len({c.module for c in calls})} attend, in {len(calls)} calls.")
+        raise UserError(
+            f"its {n_layer} layers do not call transformers' attention interface once each, but {len(calls)} times."
+        )
     halves = slice(0, TOKENS // 2), slice(TOKENS // 2, None)
     (first, left), (second, right) = (_trace(base, ids[:, half], here[:, half]) for half in halves)
     queries = [(torch.cat((a.q, b.q), dim=2), c.q) for a, b, c in zip(first, second, calls, strict=True)]

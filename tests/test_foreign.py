@@ -232,10 +232,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
         "original_max_position_embeddings": 64}}, "depends on the length"),
     "hunyuan_v1_dense": ({"head_dim": 8}, "rotates queries and keys in a way"),  # norms behind the rotation
-    "diffllama": ({}, "4 attend, in 8 calls"),
-    "lfm2": ({"layer_types": ["conv", "full_attention"] * 2}, "2 attend, in 2 calls"),
-    "mamba": ({}, "0 attend"),
-    "bloom": ({"n_head": 4, "n_layer": 4}, "0 attend"),
+    "diffllama": ({}, "4 layers do not call .* but 8 times"),
+    "lfm2": ({"layer_types": ["conv", "full_attention"] * 2}, "4 layers do not call .* but 2 times"),
+    "mamba": ({}, "4 layers do not call .* but 0 times"),
+    "bloom": ({"n_head": 4, "n_layer": 4}, "4 layers do not call .* but 0 times"),
 }  # fmt: skip
 
 
