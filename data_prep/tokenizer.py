@@ -89,7 +89,9 @@ def load_tokenizer(name: str) -> TokenizerFile:
     """
     path = Path(name)
     if path.is_file():
-        loaded = TokenizerFile(path.read_bytes())
+        # What lies beside a file of that name belongs to it; another name may be anybody's neighbour.
+        eos = _folder_eos(path.parent) if path.name == "tokenizer.json" else None
+        loaded = TokenizerFile(path.read_bytes(), eos)
     elif (path / "tokenizer.json").is_file():
         loaded = TokenizerFile((path / "tokenizer.json").read_bytes(), _folder_eos(path))
     elif path.suffix == ".json" or path.is_absolute():
@@ -204,8 +206,8 @@ class Encoder:
         except (
             TypeError,
             UnicodeEncodeError,
-        ):  # half a surrogate pair, which JSON can express and UTF-8 cannot
-            fragments = [_without_surrogates(fragment) for fragment in fragments]
+        ):  # half a surrogate pair
+            fragments = [without_surrogates(fragment) for fragment in fragments]
             encodings = self._tokenizer.encode_batch_fast(fragments, add_special_tokens=False)
         remaining = iter(encodings)
         result = []
@@ -293,7 +295,8 @@ def _first_cut(text: str, low: int) -> int | None:
     return None
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
+    """The text with U+FFFD for halves of surrogate pairs, which JSON can express and UTF-8 cannot."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

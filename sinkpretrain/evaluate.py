@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import tempfile
 import time
@@ -400,13 +401,31 @@ def open_results(folder: Path, model: dict[str, Any], tokens: dict[str, Any]) ->
     if not path.is_file():
         return {"format": FORMAT, "model": model, "tokens": tokens, "settings": {}}
     old: dict[str, Any] = read_json(path)
-    if not isinstance(old, dict) or old.get("format") != FORMAT:
+    if not isinstance(old, dict) or old.get("format") != FORMAT or not {"model", "tokens", "settings"} <= old.keys():
         raise UserError(f"{path} is not of this release of sinkpretrain stream; choose another --out.")
     if old["model"]["sha256"] != model["sha256"] or old["tokens"]["sha256"] != tokens["sha256"]:
         raise UserError(f"{folder} holds results of another model or text; choose another --out.")
+    changed = _changed(old["model"], model)
+    if changed is not None:
+        raise UserError(
+            f"{folder} holds results of the same weights under another configuration ({changed}); choose another --out."
+        )
     # A setting whose losses are gone or damaged is computed again.
     old["settings"] = {n: e for n, e in old["settings"].items() if _has_losses(folder / e["file"], tokens["count"])}
     return old
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """What differs in how two models read the same weights, with both values; what one does not say is no difference.
+
+    Weights do not say how positions are scaled or how far a layer sees: a configuration edited beside them does.
+    """
+    for part in ("shape", "sink"):
+        then, now = old.get(part, {}), json.loads(json.dumps(new[part]))
+        for name in then.keys() & now.keys():
+            if then[name] != now[name]:
+                return f"{name} {str(then[name])[:60]} then, {str(now[name])[:60]} now"
+    return None
 
 
 def _has_losses(path: Path, tokens: int) -> bool:

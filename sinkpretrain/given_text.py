@@ -116,8 +116,12 @@ def _from_npy(path: Path, loaded: LoadedModel) -> Text:
     try:
         ids: Ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read token ids from {path}: {why}; give a .npy file or a prepared folder.") from error
+        # numpy takes what it does not know for a pickle, and says how to run it.
+        why = getattr(error, "strerror", None) or "it is not a whole .npy file"
+        advice = "give a .npy file or a prepared folder, or text with --text"
+        raise UserError(f"cannot read token ids from {path}: {why}; {advice}.") from error
+    if not isinstance(ids, np.ndarray):
+        raise UserError(f"{path} is an archive of arrays; save the one with the token ids as a .npy file.")
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise UserError(f"{path} holds {ids.dtype} of shape {ids.shape}, not a list of token ids.")
     return Text(ids, str(path), end=None if loaded.tokenizer is None else end_of_document(loaded))
@@ -140,7 +144,7 @@ def _from_text(text: str, loaded: LoadedModel) -> Text:
     prepends those.
     """
     from data_prep.sources import HubOptions, resolve
-    from data_prep.tokenizer import load_tokenizer
+    from data_prep.tokenizer import load_tokenizer, without_surrogates
 
     if loaded.tokenizer is None:
         raise UserError(f"{loaded.name} comes without a tokenizer; give its token ids with --tokens.")
@@ -154,7 +158,7 @@ def _from_text(text: str, loaded: LoadedModel) -> Text:
     parts = []
     for unit in resolve(text, "text", HubOptions()).units:
         for document in unit.documents():
-            ids = tokenizer.encode("".join(document.blocks), add_special_tokens=False).ids
+            ids = tokenizer.encode(without_surrogates("".join(document.blocks)), add_special_tokens=False).ids
             if ids:
                 parts.append(np.array([*opening, *ids, end], dtype=np.int64))
     if not parts:

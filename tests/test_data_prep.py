@@ -524,6 +524,7 @@ def test_tokenizer_folder_eos_and_stored_truncation(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "</s>"}}))
     loaded = load_tokenizer(str(tmp_path))
     assert loaded.eod_id() == 1
+    assert load_tokenizer(str(tmp_path / "tokenizer.json")).eod_id() == 1
     assert loaded.eod_id("a") == 0
     assert loaded.content == (tmp_path / "tokenizer.json").read_bytes()
     encoded = Encoder(loaded, 1).documents(["a" * 10, "aa"])

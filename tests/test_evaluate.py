@@ -15,7 +15,7 @@ from conftest import MECHANISMS, TINY, peaked
 from data_factory import make_data
 from matplotlib.image import imread
 from run_factory import save_weights
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from sinkpretrain.cache import Cache
 from sinkpretrain.cli import main
@@ -174,6 +174,27 @@ def test_another_model_or_text_is_refused(run: Path, tokens: Path, tmp_path: Pat
         stream(str(other), tokens=str(tokens), cache="4+12", out=str(tmp_path / "o"), progress=False)
 
 
+def test_another_configuration_of_the_same_weights_is_another_model(tokens: Path, tmp_path: Path) -> None:
+    """Positions scaled in config.json: the weights' hash does not change, every loss does."""
+    folder = family_factory.save(family_factory.build("llama"), tmp_path / "llama")
+    where = {"tokens": str(tokens), "cache": "4+12", "progress": False}
+    first = stream(str(folder), out=str(tmp_path / "o"), **where)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"same weights under another configuration \(positions .* then, .* now\)"):
+        stream(str(folder), out=str(tmp_path / "o"), **where)
+    second = stream(str(folder), out=str(tmp_path / "p"), **where)
+    assert second["model"]["sha256"] == first["model"]["sha256"]
+    assert second["settings"]["4+12"]["nll"] != first["settings"]["4+12"]["nll"]
+
+
+def test_a_results_file_of_something_else_is_refused(run: Path, tokens: Path, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"format": 1}')
+    with pytest.raises(UserError, match="is not of this release of sinkpretrain stream"):
+        stream(str(run), tokens=str(tokens), cache="4+12", out=str(tmp_path), progress=False)
+
+
 def test_prepared_folder_and_its_tokenizer(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     ours = make_run(tmp_path / "run", MECHANISMS["vanilla"], data / "tokenizer.json")
@@ -196,6 +217,25 @@ def test_text_is_tokenized_with_the_models_tokenizer(tmp_path: Path) -> None:
     same = stream(str(ours), tokens=str(tmp_path / "same.npy"), cache="1+2", out=str(tmp_path / "p"), progress=False)
     assert results["tokens"]["sha256"] == same["tokens"]["sha256"]
     assert results["settings"]["1+2"]["ppl"] == same["settings"]["1+2"]["ppl"]
+
+
+def test_the_end_of_a_document_is_what_the_tokenizers_folder_says(tmp_path: Path) -> None:
+    """Llama's tokenizer.json has no word for it, tokenizer_config.json beside it does; half a surrogate pair, which
+    JSON can hold, is a character that cannot be read."""
+    folder = family_factory.save(family_factory.build("llama"), tmp_path / "llama")
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (tmp_path / "text.jsonl").write_text('{"text": "a b a b"}\n{"text": "b \\ud83d a b"}\n')
+    where = {"text": str(tmp_path / "text.jsonl"), "cache": "1+2", "out": str(tmp_path / "o"), "progress": False}
+    with pytest.raises(UserError, match="does not say which token ends a document"):
+        stream(str(folder), **where)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    results = stream(str(folder), **where)
+    np.save(tmp_path / "same.npy", np.array([1, 3, 4, 3, 4, 2, 1, 4, 0, 3, 4, 2]))
+    same = stream(str(folder), tokens=str(tmp_path / "same.npy"), cache="1+2", out=str(tmp_path / "p"), progress=False)
+    assert results["tokens"]["sha256"] == same["tokens"]["sha256"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -252,6 +292,13 @@ def test_ids_outside_the_vocabulary_are_refused(run: Path, tmp_path: Path) -> No
     np.save(tmp_path / "ids.npy", np.zeros((3, 4)))
     with pytest.raises(UserError, match="not a list of token ids"):
         stream(str(run), tokens=str(tmp_path / "ids.npy"), cache="1+2", out=str(tmp_path / "o"), progress=False)
+    np.savez(tmp_path / "ids.npz", ids=np.zeros(40, np.int64))
+    with pytest.raises(UserError, match="is an archive of arrays; save the one with the token ids"):
+        stream(str(run), tokens=str(tmp_path / "ids.npz"), cache="1+2", out=str(tmp_path / "o"), progress=False)
+    (tmp_path / "text.txt").write_text("some words")
+    with pytest.raises(UserError, match=r"not a whole \.npy file; give .* or text with --text") as caught:
+        stream(str(run), tokens=str(tmp_path / "text.txt"), cache="1+2", out=str(tmp_path / "o"), progress=False)
+    assert "pickle" not in str(caught.value)
 
 
 def test_perplexity_of_huge_losses_is_finite() -> None:
