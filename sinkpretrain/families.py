@@ -8,7 +8,7 @@ name.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,9 @@ def load_decoder(folder: Path, dtype: torch.dtype | None = None) -> tuple[Decode
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     except Exception as error:
-        raise UserError(f"{folder / 'config.json'} cannot be understood: {str(error).splitlines()[-1]}") from error
+        raise UserError(
+            f"{folder / 'config.json'} cannot be understood: {str(error).splitlines()[-1].strip()}"
+        ) from error
     weights = Weights(folder)
     with torch.device("meta"):
         model = Decoder(spec)
@@ -104,10 +106,25 @@ def collect(family: Family, model: Decoder, weights: Weights) -> list[tuple[str,
         if family.transposed:
             parts = [part.mT if part.dim() == 2 else part for part in parts]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        found.append((name, (family.rows(tensor, model.config) if inner == "attn.qkv" else tensor).contiguous()))
+        if inner == "attn.qkv":
+            try:
+                tensor = family.rows(tensor, model.config)
+            except RuntimeError as error:
+                raise UserError(
+                    f"the weights in {weights.folder} do not fit their own configuration: {prefix}.{theirs}.{kind} has "
+                    f"the shape {tuple(tensor.shape)}."
+                ) from error
+        found.append((name, tensor.contiguous()))
     left = {name for name in weights.left if not name.endswith(family.derived)}
-    if model.config.tied:
-        left.discard(f"{family.head}.weight")
+    head = f"{family.head}.weight"
+    if model.config.tied and head in left:
+        # Versions of transformers differ in what they follow, such a matrix or the configuration.
+        if not torch.equal(weights.take(head), dict(found)["embed.weight"]):
+            raise UserError(
+                f"the weights in {weights.folder} hold a {head!r} of its own, but their config.json ties it to the "
+                'embedding; say "tie_word_embeddings": false there if the matrix is meant, or remove it.'
+            )
+        left.discard(head)
     if left:
         raise UserError(
             f"the weights in {weights.folder} hold {min(left)!r}, which a {model.config.family} model of its "
@@ -193,20 +210,34 @@ def _llama(config: Config) -> Spec:
 
 
 def _mistral(config: Config) -> Spec:
-    return _llama_like(config, "mistral", windows=(config.sliding_window,) * config.num_hidden_layers)
+    # Named per layer, they are what transformers calls a Ministral: the same weights, windows in some layers only.
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return _llama_like(config, "mistral", windows=_windows(config, kinds))
 
 
-def _qwen_windows(config: Config) -> tuple[int | None, ...]:
-    return tuple(config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types)
+def _windows(config: Config, kinds: Sequence[str]) -> tuple[int | None, ...]:
+    """The window of each layer, by what the configuration calls it."""
+    unknown = set(kinds) - {"sliding_attention", "full_attention"}
+    if unknown or len(kinds) != config.num_hidden_layers:
+        wrong = f"{min(unknown)!r} among them" if unknown else f"{len(kinds)} of them"
+        raise UserError(
+            f"layer_types with {wrong} are not supported; a model of {config.num_hidden_layers} layers has as many, "
+            "each full_attention or sliding_attention."
+        )
+    if config.sliding_window is not None and config.sliding_window < 1:
+        raise UserError(f"sliding_window {config.sliding_window} is no window; no token would see itself.")
+    return tuple(config.sliding_window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _qwen2(config: Config) -> Spec:
-    return _llama_like(config, "qwen2", qkv_bias=True, windows=_qwen_windows(config))
+    return _llama_like(config, "qwen2", qkv_bias=True, windows=_windows(config, config.layer_types))
 
 
 def _qwen3(config: Config) -> Spec:
     bias = config.attention_bias
-    return _llama_like(config, "qwen3", qkv_bias=bias, out_bias=bias, qk_norm=True, windows=_qwen_windows(config))
+    return _llama_like(
+        config, "qwen3", qkv_bias=bias, out_bias=bias, qk_norm=True, windows=_windows(config, config.layer_types)
+    )
 
 
 def _llama_names(read: Callable[[Config], Spec]) -> Family:
@@ -234,6 +265,8 @@ def _llama_names(read: Callable[[Config], Spec]) -> Family:
 def _falcon(config: Config) -> Spec:
     H = config.num_attention_heads
     head_dim = config.hidden_size // H
+    if config.hidden_size % H:
+        raise UserError(f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {H}.")
     grouped = config.new_decoder_architecture
     norms = config.num_ln_in_parallel_attn or (2 if grouped else 1)
     if grouped:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sinkpretrain.config import ModelConfig
+from sinkpretrain.config import ModelConfig, from_dict
 from sinkpretrain.errors import UserError
 from sinkpretrain.weights import Weights, read_config
 
@@ -116,19 +116,26 @@ def model_config(folder: Path) -> ModelConfig:
         raise UserError(f"{folder} scales its rotary positions ({scaling}), which is not supported for gpt_neox.")
     if raw.get("tie_word_embeddings") or raw.get("hidden_act", "gelu") != "gelu":
         raise UserError(f"{folder} ties its embeddings or uses another activation than gelu, unlike Pythia.")
-    return ModelConfig(
-        n_layer=raw["num_hidden_layers"],
-        d_model=raw["hidden_size"],
-        n_head=raw["num_attention_heads"],
-        d_ff=raw["intermediate_size"],
-        vocab_size=raw["vocab_size"],
-        tokenizer_size=raw["vocab_size"],
-        context=raw["max_position_embeddings"],
-        rotary_pct=rope.get("partial_rotary_factor", raw.get("rotary_pct", 0.25)),
-        rope_base=float(rope.get("rope_theta", raw.get("rotary_emb_base", 10000))),
-        layer_norm_eps=raw["layer_norm_eps"],
-        parallel_residual=raw.get("use_parallel_residual", True),
-    )
+    try:
+        settings = {
+            "n_layer": raw["num_hidden_layers"],
+            "d_model": raw["hidden_size"],
+            "n_head": raw["num_attention_heads"],
+            "d_ff": raw["intermediate_size"],
+            "vocab_size": raw["vocab_size"],
+            "tokenizer_size": raw["vocab_size"],
+            "context": raw["max_position_embeddings"],
+            "rotary_pct": rope.get("partial_rotary_factor", raw.get("rotary_pct", 0.25)),
+            "rope_base": rope.get("rope_theta", raw.get("rotary_emb_base", 10000)),
+            "layer_norm_eps": raw["layer_norm_eps"],
+            "parallel_residual": raw.get("use_parallel_residual", True),
+        }
+    except KeyError as error:
+        raise UserError(f"{folder / 'config.json'} lacks {error}, which a gpt_neox model needs.") from error
+    try:
+        return from_dict(ModelConfig, settings)
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'} cannot be understood: {error}") from error
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:

@@ -54,8 +54,9 @@ def filled(model: M, state: dict[str, Tensor], source: Path) -> M:
     """The model with these weights, ready to evaluate; raises UserError where they are not its own."""
     try:
         model.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"the weights in {source} do not fit their own configuration: {error}") from error
+    except RuntimeError as error:  # torch lists every tensor, a line each, below a heading
+        first = str(error).splitlines()[:2][-1].strip()
+        raise UserError(f"the weights in {source} do not fit their own configuration: {first}") from error
     return model.eval().requires_grad_(False)
 
 

@@ -208,6 +208,12 @@ def changed(folder: Path, to: Path, **options: object) -> Path:
         ("llama", {"num_hidden_layers": 2}, r"hold 'model\.layers\.2\.input_layernorm"),
         ("llama", {"intermediate_size": 40}, "do not fit their own configuration"),
         ("llama", {"num_attention_heads": "four"}, "cannot be understood"),
+        ("llama", {"model_type": ["llama"]}, r"holds a \['llama'\] model; known families"),
+        ("mistral", {"sliding_window": 0}, "sliding_window 0 is no window"),
+        ("qwen2", {"layer_types": ["chunked_attention"] * 3}, "layer_types with 'chunked_attention' among them"),
+        ("mistral", {"layer_types": ["full_attention"] * 2}, "(2 of them are not supported|must be equal)"),
+        ("falcon-7b", {"num_attention_heads": 3}, "hidden_size 32 is not a multiple of num_attention_heads 3"),
+        ("falcon-7b", {"hidden_size": 64}, r"do not fit their own configuration: transformer\.h\.0\.self_attention"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True is not supported"),
         ("mpt", {"attn_config": {"alibi": False}}, "alibi=False is not supported"),
         ("mpt", {"attn_config": {"qk_ln": True}}, "qk_ln=True is not supported"),
@@ -219,6 +225,40 @@ def changed(folder: Path, to: Path, **options: object) -> Path:
 def test_folders_that_would_not_be_exact(name: str, options: dict, sentence: str, made, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=sentence):
         load_model(changed(made(name)[1], tmp_path / "changed", **options))
+
+
+def test_weights_that_do_not_fit_are_one_line(made, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"size mismatch for blocks\.0") as caught:
+        load_model(changed(made("llama")[1], tmp_path / "changed", intermediate_size=40))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon-7b", "gpt2"])
+def test_a_head_beside_embeddings_that_are_tied(name: str, made, tmp_path: Path) -> None:
+    """The same matrix twice is tied; of two, versions of transformers take one or the other."""
+    folder = changed(made(name)[1], tmp_path / "tied", tie_word_embeddings=True)
+    state = load_file(folder / "model.safetensors")
+    names = [key for key in state if key.endswith(("embed_tokens.weight", "word_embeddings.weight", "wte.weight"))]
+    embedding = state[names[0]]
+    save_file(state | {"lm_head.weight": embedding.clone()}, folder / "model.safetensors")
+    model = load_model(folder).model
+    assert torch.equal(model.head.weight, embedding)
+    save_file(state | {"lm_head.weight": embedding.flip(0).contiguous()}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"hold a 'lm_head\.weight' of its own, but .* ties it to the embedding"):
+        load_model(folder)
+
+
+def test_mistral_with_windows_in_some_layers(made, tmp_path: Path) -> None:
+    """transformers' own loading takes layer_types for a Ministral, which has the same weights."""
+    from transformers import AutoModelForCausalLM
+
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    folder = changed(made("mistral")[1], tmp_path / "layers", layer_types=kinds)
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ours, _ = load_decoder(folder)
+    assert ours.windows == (None, 9, None)
+    assert difference(theirs, ours) < 1e-5
+    assert difference(made("mistral")[0], ours) > 1e-3
 
 
 def test_mpt_with_biases(made, tmp_path: Path) -> None:

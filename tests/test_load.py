@@ -129,12 +129,24 @@ def test_old_rotary_settings_are_read(tmp_path: Path) -> None:
         ({"num_hidden_layers": 4}, "lack 'gpt_neox.layers.3"),
         ({"num_hidden_layers": 2}, "hold 'gpt_neox.layers.2"),
         ({"vocab_size": 64}, "do not fit their own configuration"),
+        ({"num_hidden_layers": "two"}, r"config\.json cannot be understood: setting 'n_layer' must be int"),
+        ({"rope_parameters": {"rope_theta": None}}, "setting 'rope_base' must be float, not None"),
         ({METADATA_KEY: {"model": {"tokenizer_size": 96}, "sink": {"mechanism": "zink"}}}, "zink"),
     ],
 )
 def test_hugging_face_folders_that_would_not_be_exact(changes: dict, problem: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=problem):
         load_model(write_hf(GPTNeoX(TINY), tmp_path / "hf", **changes))
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "layer_norm_eps", "max_position_embeddings"])
+def test_a_configuration_that_lacks_a_setting(key: str, tmp_path: Path) -> None:
+    folder = write_hf(GPTNeoX(TINY), tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    del config[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"config\.json lacks '{key}', which a gpt_neox model needs"):
+        load_model(folder)
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
