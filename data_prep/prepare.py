@@ -13,6 +13,7 @@ import json
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -160,7 +161,19 @@ def _write(
         tokens_per_second=speed,
     )
     _publish(manifest, merged, config.out, tokenizer)
+    _say_forged_ends(manifest)
     return manifest
+
+
+def _say_forged_ends(manifest: Manifest) -> None:
+    """Warn where text holds the end-of-document token, which special tokens are kept from but others are not."""
+    inside = sum(record.end_of_document - record.documents for record in manifest.splits.values())
+    if inside:
+        warnings.warn(
+            f"the end-of-document token {manifest.eod_id} also occurs inside documents ({inside:,} times), where it "
+            "reads as an end: name another with --eod-token, or make it special in the tokenizer.",
+            stacklevel=3,
+        )
 
 
 def describe(manifest: Manifest) -> str:

@@ -132,7 +132,7 @@ def merge(shards: Path, vocab_size: int, eod_id: int, fallback_fraction: float) 
     if not n_documents[TRAIN] + n_documents[VALIDATION]:
         raise UserError("the source holds no document of two tokens or more: check --source and --column.")
     if not n_documents[TRAIN]:
-        raise UserError("every document went to validation: lower --validation_fraction or give more text.")
+        raise UserError("every document went to validation: lower --validation-fraction or give more text.")
     moved = None
     if not n_documents[VALIDATION] and fallback_fraction:
         moved = _document_for_validation(files[TRAIN], fallback_fraction)

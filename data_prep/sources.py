@@ -23,6 +23,7 @@ from typing import IO, Any, Protocol
 import zstandard
 
 from sinkpretrain.errors import UserError
+from sinkpretrain.tokens import MANIFEST_NAME, TOKENIZER_NAME
 
 PLAIN_TEXT = (".txt", ".md", ".rst", ".py")
 FORMATS = (".jsonl", ".json", ".parquet", *PLAIN_TEXT)
@@ -133,7 +134,7 @@ class FileUnit:
                 continue
             try:
                 value = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise self._bad_json(number, error) from error
             yield self._text(value, f"line {number}")
 
@@ -168,7 +169,7 @@ class FileUnit:
             raise _missing_column(f"{self.path}, {where}", self.column, list(value))
         return _as_text(value[self.column], self.column, f"{self.path}, {where}")
 
-    def _bad_json(self, line: int, error: ValueError) -> UserError:
+    def _bad_json(self, line: int, error: Exception) -> UserError:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         return UserError(f"{self.path}, line {line}: not valid JSON ({reason}); repair or remove that line.")
 
@@ -259,22 +260,39 @@ def _find_files(source: str) -> list[tuple[str, Path]]:
     if path.is_file():
         return [(path.name, path)]
     if path.is_dir():
-        found = sorted(
-            Path(folder) / name
-            for folder, folders, names in os.walk(path)
-            if _prune_hidden(folders)
-            for name in names
-            if not name.startswith(".") and _known_format(Path(name))
-        )
-        if not found:
-            raise UserError(f"folder {source} holds no {', '.join(FORMATS)} file: check the path.")
-        return [(file.relative_to(path).as_posix(), file) for file in found]
+        return [(file.relative_to(path).as_posix(), file) for file in _files_below(path)]
     return [(Path(match).name, Path(match)) for match in sorted(glob.glob(source, recursive=True)) if _is_file(match)]
 
 
-def _prune_hidden(folders: list[str]) -> bool:
-    folders[:] = [folder for folder in folders if not folder.startswith(".")]
-    return True
+def _files_below(root: Path) -> list[Path]:
+    """Files of known formats below a folder, each folder once however many links lead to it.
+
+    Hidden files and folders are left out, and folders of packed tokens: their .json files are no text.
+
+    Raises:
+        UserError: there is none, or one that cannot be read (a link to nothing, a pipe).
+    """
+    found, others, seen = [], [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen or {MANIFEST_NAME, TOKENIZER_NAME, "train.bin"} <= set(names):
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files = [Path(folder) / name for name in names if not name.startswith(".")]
+        found += [file for file in files if _known_format(file)]
+        others += [file for file in files if not _known_format(file)]
+    for file in found:
+        if not file.is_file():
+            what = "is a link to nothing" if file.is_symlink() and not file.exists() else "is no file that can be read"
+            raise UserError(f"{file} {what}: restore it or move it out of the folder.")
+    if not found:
+        raise UserError(f"folder {root} holds no {', '.join(FORMATS)} file: check the path.")
+    if others:
+        which = f"{min(others).relative_to(root)}" + f" and {len(others) - 1:,} more" * (len(others) > 1)
+        warnings.warn(f"files of other formats in {root} are not read: {which}.", stacklevel=2)
+    return sorted(found)
 
 
 def _is_file(path: str) -> bool:
@@ -345,7 +363,7 @@ def _plain_text(path: Path, stream: IO[bytes]) -> Iterator[str]:
         warnings.warn(message, stacklevel=2)
 
 
-def _json_values(stream: IO[str], fault: Callable[[int, ValueError], UserError]) -> Iterator[tuple[int, Any]]:
+def _json_values(stream: IO[str], fault: Callable[[int, Exception], UserError]) -> Iterator[tuple[int, Any]]:
     """(line, value) of the elements of a JSON array, or of values written one after another."""
     decoder = json.JSONDecoder()
     buffer, line, wanted = "", 1, _BLOCK
@@ -367,8 +385,8 @@ def _json_values(stream: IO[str], fault: Callable[[int, ValueError], UserError])
             at_start = False
             try:
                 value, end = decoder.raw_decode(buffer)
-            except ValueError as error:
-                if more:
+            except (ValueError, RecursionError) as error:
+                if more and isinstance(error, ValueError):
                     break  # perhaps only cut off: read on
                 position = error.lineno - 1 if isinstance(error, json.JSONDecodeError) else 0
                 raise fault(line + position, error) from error

@@ -320,6 +320,18 @@ def test_text_that_quotes_the_end_of_document_token_stays_text(
     assert documents_of(tmp_path / "out") == [text]
 
 
+def test_an_end_of_document_token_that_is_not_special_is_said(
+    tmp_path: Path, configure: Callable[..., PrepareConfig]
+) -> None:
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate("abc")}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_tokens(["<|endoftext|>"])  # an added token, but an ordinary one
+    tokenizer.save(str(tmp_path / "own.json"))
+    source = write_jsonl(tmp_path / "a.jsonl", ["abc<|endoftext|>cba", "abcabc"])
+    with pytest.warns(UserWarning, match=r"end-of-document token 3 also occurs inside documents \(1 times\)"):
+        prepare(configure(source, tokenizer=str(tmp_path / "own.json"), validation_fraction=0))
+
+
 def test_half_a_surrogate_pair_is_replaced(tmp_path: Path, configure: Callable[..., PrepareConfig]) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "broken \\ud83d emoji"}\n')
     prepare(configure(tmp_path / "a.jsonl", validation_fraction=0))
@@ -397,8 +409,41 @@ def test_folder_glob_and_plain_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress("été\n".encode()))
     (tmp_path / "c.py").write_bytes(b"caf\xe9")  # not UTF-8
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
-    assert read(tmp_path) == ["été\n", "one\r\ntwo", "caf\ufffd"]
+    with pytest.warns(UserWarning, match=r"files of other formats in .* are not read: image\.png\."):
+        assert read(tmp_path) == ["été\n", "one\r\ntwo", "caf\ufffd"]
     assert read(f"{tmp_path}/**/*.md") == ["one\r\ntwo"]
+
+
+def test_links_in_a_folder_are_followed_once(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    (folder / "a.txt").write_text("here")
+    (elsewhere / "b.txt").write_text("there")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "again").symlink_to(elsewhere)
+    (folder / "round").symlink_to(folder)
+    assert sorted(read(folder)) == ["here", "there"]
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_what_cannot_be_read_in_a_folder_is_named(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    if kind == "link":
+        (tmp_path / "b.txt").symlink_to(tmp_path / "nowhere")
+    else:
+        os.mkfifo(tmp_path / "b.txt")  # opening it would wait for a writer for ever
+    with pytest.raises(
+        UserError, match=rf"b\.txt is {'a link to nothing' if kind == 'link' else 'no file that can be'}"
+    ):
+        read(tmp_path)
+
+
+def test_a_source_folder_may_hold_what_is_made_of_it(tmp_path: Path, configure: Callable[..., PrepareConfig]) -> None:
+    (tmp_path / "books").mkdir()
+    write_jsonl(tmp_path / "books" / "a.jsonl", make_texts(30))
+    config = configure(tmp_path / "books", out="books/tokens")
+    assert prepare(config) == prepare(config)
 
 
 def read(source: Path | str, skip: int = 0, column: str = "text") -> list[str]:
@@ -448,6 +493,8 @@ def test_hub_data_set(
         ("a.jsonl.zst", zstandard.compress(jsonl(["abc"] * 99))[:-9], r"a\.jsonl\.zst is unreadable"),
         ("a.jsonl.zst", b"nonsense", r"a\.jsonl\.zst is unreadable"),
         ("a.parquet", b"nonsense", r"a\.parquet is unreadable"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl, line 1: not valid JSON \(maximum recursion"),
+        ("a.json", b"[" * 100_000, r"a\.json, line 1: not valid JSON \(maximum recursion"),
         ("a.jsonl", b"", "the source holds no document of two tokens or more"),
         ("a.csv", b"a,b", r"a\.csv has an unknown format"),
     ],
