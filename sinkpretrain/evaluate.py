@@ -405,7 +405,7 @@ def open_results(folder: Path, model: dict[str, Any], tokens: dict[str, Any]) ->
         raise UserError(f"{path} is not of this release of sinkpretrain stream; choose another --out.")
     if old["model"]["sha256"] != model["sha256"] or old["tokens"]["sha256"] != tokens["sha256"]:
         raise UserError(f"{folder} holds results of another model or text; choose another --out.")
-    changed = _changed(old["model"], model)
+    changed = changed_configuration(old["model"], model)
     if changed is not None:
         raise UserError(
             f"{folder} holds results of the same weights under another configuration ({changed}); choose another --out."
@@ -415,13 +415,13 @@ def open_results(folder: Path, model: dict[str, Any], tokens: dict[str, Any]) ->
     return old
 
 
-def _changed(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+def changed_configuration(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """What differs in how two models read the same weights, with both values; what one does not say is no difference.
 
     Weights do not say how positions are scaled or how far a layer sees: a configuration edited beside them does.
     """
     for part in ("shape", "sink"):
-        then, now = old.get(part, {}), json.loads(json.dumps(new[part]))
+        then, now = old.get(part) or {}, json.loads(json.dumps(new.get(part) or {}))
         for name in then.keys() & now.keys():
             if then[name] != now[name]:
                 return f"{name} {str(then[name])[:60]} then, {str(now[name])[:60]} now"

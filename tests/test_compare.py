@@ -648,6 +648,15 @@ def test_the_same_result_twice_counts_once(tmp_path: Path) -> None:
     assert len(compare([a, a, tmp_path], tmp_path / "out").found.results) == 1
 
 
+def test_the_same_weights_under_two_configurations_are_two_models(tmp_path: Path) -> None:
+    """One hash, and positions that are scaled in one of them."""
+    for name, base, value in (("a", 1e4, 18.0), ("b", 1e6, 20.0)):
+        make_result(tmp_path / name, "vanilla", {"4+60": value}, shape=TINY | {"rope_base": base}, name="pythia")
+    compare([tmp_path], tmp_path / "out")
+    lines = (tmp_path / "out" / "table3.md").read_text().splitlines()
+    assert lines[4:6] == ["| vanilla: pythia, step 10 | 18.00 |", "| vanilla: pythia, step 10 | 20.00 |"]
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(18.049, "18.05"), (999.994, "999.99"), (29213.7, "29,214"), (3.2e7, "3.2e+07"), (None, "")]
 )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sinkpretrain import metrics
 from sinkpretrain.config import RunConfig, load_yaml
 from sinkpretrain.errors import UserError
-from sinkpretrain.evaluate import FORMAT, RESULTS
+from sinkpretrain.evaluate import FORMAT, RESULTS, changed_configuration
 from sinkpretrain.files import read_json
 from sinkpretrain.sinks import REGISTRY, label
 
@@ -168,10 +168,16 @@ def by_mechanism(entry: Run | About) -> tuple[int, str]:
 
 def newest(abouts: Iterable[About]) -> list[About]:
     """One per model: what was found out last."""
-    by_model: dict[str, About] = {}
-    for about in sorted(abouts, key=lambda a: str(a.data.get("created", ""))):
-        by_model[about.data["model"]["sha256"]] = about
-    return list(by_model.values())
+    found: list[About] = []
+    for about in reversed(sorted(abouts, key=lambda a: str(a.data.get("created", "")))):
+        if not any(same_model(about.data["model"], later.data["model"]) for later in found):
+            found.append(about)
+    return found[::-1]
+
+
+def same_model(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two results are of the same weights under the same configuration."""
+    return bool(a["sha256"] == b["sha256"]) and changed_configuration(a, b) is None
 
 
 def read_run(folder: Path) -> Run:
@@ -210,13 +216,13 @@ def read_result(folder: Path) -> Result:
 
 def merge(results: list[Result]) -> list[Result]:
     """One result per model: settings streamed into several folders come together, one found twice counts once."""
-    models: dict[str, Result] = {}
+    models: list[Result] = []
     for result in results:
-        sha256 = result.data["model"]["sha256"]
-        if sha256 not in models:
-            models[sha256] = result
+        place = next((n for n, m in enumerate(models) if same_model(m.data["model"], result.data["model"])), None)
+        if place is None:
+            models.append(result)
             continue
-        first = models[sha256]
+        first = models[place]
         twice = [s for s in result.settings if s in first.settings]
         if twice:
             warnings.warn(
@@ -225,13 +231,13 @@ def merge(results: list[Result]) -> list[Result]:
                 stacklevel=2,
             )
         new = {s: entry for s, entry in result.settings.items() if s not in first.settings}
-        models[sha256] = Result(
+        models[place] = Result(
             first.folder,
             first.data | {"settings": first.settings | new},
             result.files | first.files,
             first.sources + ([result.sources[0] | {"settings": new}] if new else []),
         )
-    return list(models.values())
+    return models
 
 
 def check_same_text(results: list[Result]) -> None:
