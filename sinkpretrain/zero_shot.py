@@ -132,6 +132,7 @@ def _model(model: str, backend: str) -> tuple[dict[str, Any], LoadedModel | None
         # A family that this package does not read may still be one that transformers does; not what was exported here.
         if not is_folder or backend == "sinkpretrain" or METADATA_KEY in read_config(folder):
             raise
+        _require_tokenizer(folder)
         return _foreign(folder), None
     ours = isinstance(loaded.model, GPTNeoX)
     if backend == "sinkpretrain" or (ours and backend == "auto"):
@@ -146,7 +147,17 @@ def _model(model: str, backend: str) -> tuple[dict[str, Any], LoadedModel | None
             f"--backend hf would leave out the sinks of {loaded.name} ({loaded.label}) without a word; "
             "use --backend sinkpretrain."
         )
+    _require_tokenizer(folder)
     return loaded.provenance(), None
+
+
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+"""One of which every tokenizer of transformers has; without any, it makes up an empty one."""
+
+
+def _require_tokenizer(folder: Path) -> None:
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise UserError(f"{folder} comes without a tokenizer, and the tasks are text; put one beside it.")
 
 
 def _foreign(folder: Path) -> dict[str, Any]:
@@ -161,7 +172,14 @@ def _harness_model(model: str, loaded: LoadedModel | None, device: torch.device,
     if loaded is None:
         from lm_eval.models.huggingface import HFLM
 
-        return HFLM(pretrained=model, device=str(device), dtype=options["dtype"], batch_size=options["batch_size"])
+        how = {"dtype": options["dtype"], "batch_size": options["batch_size"]}
+        try:
+            return HFLM(pretrained=model, device=str(device), **how)
+        except Exception as error:  # of transformers, for whatever is wrong with a folder
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{model} cannot be loaded by transformers, which the harness leaves it to: {why}"
+            ) from error
     from sinkpretrain.harness import SinkLM
     from sinkpretrain.texts import TextCodec
 

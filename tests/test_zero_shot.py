@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import MECHANISMS
 from run_factory import CONFIG, make_run
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sinkpretrain.cli import main
@@ -192,6 +193,17 @@ def test_models_of_others(questions: Path, tmp_path: Path, tokenizer_file: Path)
     assert ours["tasks"] == theirs["tasks"]
     assert unknown["model"]["mechanism"] == "bloom"
     assert unknown["tasks"]["piqa"]["n"] == 40
+    for name in ("llama", "bloom"):
+        for file in (tmp_path / name).glob("tokenizer*"):
+            file.unlink()
+        with pytest.raises(UserError, match="comes without a tokenizer, and the tasks are text"):
+            results(name, "auto")
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "config.json").write_text('{"model_type": "strange"}')
+    (tmp_path / "strange" / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    save_file({"a": torch.ones(1)}, tmp_path / "strange" / "model.safetensors")
+    with pytest.raises(UserError, match="cannot be loaded by transformers"):
+        results("strange", "auto")
 
 
 def test_without_progress_nothing_is_printed(
