@@ -39,6 +39,7 @@ class SinkLM(TemplateLM):  # type: ignore[misc]
         codec: its tokenizer.
         batch_size: sequences per forward; changes speed and memory, not the numbers.
         advance: told how many of how many sequences are done.
+        opening: ids that belong in front of every sequence behind the model's own (Llama's ``<s>``).
     """
 
     def __init__(
@@ -47,11 +48,12 @@ class SinkLM(TemplateLM):  # type: ignore[misc]
         codec: TextCodec,
         batch_size: int = 16,
         advance: Callable[[int, int], None] | None = None,
+        opening: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self.model, self.codec, self.advance = model, codec, advance
+        self.model, self.codec, self.advance, self.opening = model, codec, advance, tuple(opening)
         self.batch_size, self._device = batch_size, model.embed.weight.device
-        self.prefix = tuple(model.prefix_ids)
+        self.prefix = (*model.prefix_ids, *self.opening)
         self.room = model.config.context - len(self.prefix)  # tokens of text that a sequence can hold
 
     @property
@@ -151,7 +153,8 @@ class SinkLM(TemplateLM):  # type: ignore[misc]
         most = int(options.get("max_gen_toks", 256))
         if most >= self.room:
             raise UserError(f"the task generates {most} tokens, for which a context of {self.room} has no room.")
-        ids = self.tok_encode(context)[-(self.room - most) :] or [self.eot_token_id]
+        text_ids = self.tok_encode(context)[-(self.room - most) :]
+        ids = [*self.opening, *text_ids] or [self.eot_token_id]
         # Room for everything: nothing is evicted. The engine reads the sinks itself.
         engine = Engine(self.model, Cache(len(self.prefix), self.room))
         logits, made = engine.read(ids), list[int]()

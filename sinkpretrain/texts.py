@@ -54,6 +54,10 @@ class TextCodec:
             ids = ids[len(self._prefix) :]
         return ids[:-1] if len(ids) > 1 and ids[-1] in self.end_ids else ids
 
+    def opening(self) -> list[int]:
+        """What the tokenizer puts in front of every text (as Llama's does), the model's own prefix left out."""
+        return [i for i in self.tokenizer.encode("").ids if i not in (*self._prefix, *self.end_ids)]
+
     def more(self, text: str) -> list[int]:
         """Ids of text inside a stream."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids

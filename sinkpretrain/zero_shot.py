@@ -185,7 +185,9 @@ def _harness_model(model: str, loaded: LoadedModel | None, device: torch.device,
 
     net = loaded.model.to(device, choose_dtype(options["dtype"], device))
     codec = TextCodec(str(loaded.tokenizer), net.prefix_ids)
-    return SinkLM(net, codec, options["batch_size"], options["advance"])
+    # Models of others have learned what their tokenizer puts in front; those trained here have not, see ``prepare``.
+    opening = () if isinstance(net, GPTNeoX) else codec.opening()
+    return SinkLM(net, codec, options["batch_size"], options["advance"], opening)
 
 
 def _check_installed() -> None:

@@ -14,6 +14,7 @@ import torch
 from conftest import MECHANISMS
 from run_factory import CONFIG, make_run
 from safetensors.torch import save_file
+from tokenizers import processors
 from torch import Tensor
 
 from sinkpretrain.cli import main
@@ -193,6 +194,11 @@ def test_models_of_others(questions: Path, tmp_path: Path, tokenizer_file: Path)
     assert ours["tasks"] == theirs["tasks"]
     assert unknown["model"]["mechanism"] == "bloom"
     assert unknown["tasks"]["piqa"]["n"] == 40
+    bare = ours["tasks"]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 7)])
+    tokenizer.save_pretrained(tmp_path / "llama")  # as Llama's: a token in front of every text
+    theirs, ours = results("llama", "auto"), results("llama", "sinkpretrain")
+    assert ours["tasks"] == theirs["tasks"] != bare
     for name in ("llama", "bloom"):
         for file in (tmp_path / name).glob("tokenizer*"):
             file.unlink()
