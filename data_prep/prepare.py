@@ -64,7 +64,7 @@ class PrepareConfig:
             validation split); ``validation_fraction`` is then not used.
         validation_fraction: share of the documents set aside for validation, chosen by a hash of the content
             so that copies of one land on the same side. Where that chooses none, the smallest document that
-            holds this share of the tokens is taken.
+            holds this share of the tokens is taken, with its copies.
         seed: of that choice.
         workers: processes that encode; 0 means one per available core.
         shard_tokens: tokens after which the work done so far is made safe against an interruption.

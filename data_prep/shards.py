@@ -2,9 +2,12 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_prep.batches import Batch, Position
 from data_prep.tokenizer import EncodedBatch
@@ -118,7 +121,8 @@ def merge(shards: Path, vocab_size: int, eod_id: int, fallback_fraction: float) 
         shards: their folder
         vocab_size: number of token ids
         eod_id: end-of-document token, counted for the manifest
-        fallback_fraction: where validation got no document it gets one with this share of the tokens; 0: none
+        fallback_fraction: where validation got no document it gets one with this share of the tokens and that one's
+            copies; 0: none
 
     Returns:
         folder of the pairs, and what the manifest says of each split that is not empty
@@ -133,34 +137,33 @@ def merge(shards: Path, vocab_size: int, eod_id: int, fallback_fraction: float) 
         raise UserError("the source holds no document of two tokens or more: check --source and --column.")
     if not n_documents[TRAIN]:
         raise UserError("every document went to validation: lower --validation-fraction or give more text.")
-    moved = None
+    moved: dict[int, list[int]] = {}
     if not n_documents[VALIDATION] and fallback_fraction:
-        moved = _document_for_validation(files[TRAIN], fallback_fraction)
+        moved = _documents_for_validation(files[TRAIN], fallback_fraction)
 
     merged = shards / "merged"
     summaries = {}
     for split in SPLITS:
         with TokenWriter(merged / split, vocab_size) as writer:
             for number, file in enumerate(files[split]):
-                if moved and number == moved[0]:
-                    train, index = files[TRAIN][number], moved[1]
-                    if split == VALIDATION:
+                train, indices = files[TRAIN][number], moved.get(number, [])
+                if indices and split == VALIDATION:
+                    for index in indices:
                         writer.add_file(train, index, index + 1)
-                    else:
-                        writer.add_file(train, 0, index)
-                        writer.add_file(train, index + 1)
                 else:
-                    writer.add_file(file)
+                    for start, stop in pairwise([-1, *indices, file.n_documents]):
+                        writer.add_file(file, start + 1, stop)
         summary = summarise(TokenFile.open(merged / split), eod_id, records[-1].skipped[split])
         if summary.documents:
             summaries[split] = summary
     return merged, summaries
 
 
-def _document_for_validation(files: list[TokenFile], fraction: float) -> tuple[int, int] | None:
-    """(file, document) of the smallest document with this share of all tokens; None if there is only one."""
-    if sum(file.n_documents for file in files) < 2:
-        return None
+def _documents_for_validation(files: list[TokenFile], fraction: float) -> dict[int, list[int]]:
+    """The smallest document with this share of all tokens, and all of its copies: per file, their numbers in order.
+
+    Empty if there is none, or if nothing else would be left.
+    """
     least = fraction * sum(file.n_tokens for file in files)
     best: tuple[int, int, int] | None = None  # size, file, document
     for number, file in enumerate(files):
@@ -169,4 +172,17 @@ def _document_for_validation(files: list[TokenFile], fraction: float) -> tuple[i
             index = int(large[np.argmin(file.sizes[large])])
             if best is None or file.sizes[index] < best[0]:
                 best = int(file.sizes[index]), number, index
-    return best[1:] if best else None
+    if best is None:
+        return {}
+    size, wanted = best[0], _document(files[best[1]], best[2])
+    copies = {
+        number: [int(n) for n in np.flatnonzero(file.sizes == size) if np.array_equal(_document(file, int(n)), wanted)]
+        for number, file in enumerate(files)
+    }
+    all_documents = sum(file.n_documents for file in files)
+    return copies if sum(map(len, copies.values())) < all_documents else {}
+
+
+def _document(file: TokenFile, index: int) -> NDArray[np.integer[Any]]:
+    start = int(file.pointers[index]) // file.tokens.itemsize
+    return file.tokens[start : start + int(file.sizes[index])]

@@ -302,6 +302,18 @@ def test_copies_of_a_document_are_on_the_same_side(tmp_path: Path, configure: Ca
     assert not train & validation
 
 
+def test_copies_of_the_document_that_a_small_corpus_gives_go_with_it(
+    tmp_path: Path, configure: Callable[..., PrepareConfig]
+) -> None:
+    texts = [f"{letter} document of some words " * 5 for letter in "abcd"]
+    corpus = write_jsonl(tmp_path / "a.jsonl", texts * 3)
+    prepare(configure(corpus, validation_fraction=1e-9, shard_tokens=1))
+    assert documents_of(tmp_path / "out", "validation") == [texts[0]] * 3
+    assert documents_of(tmp_path / "out") == texts[1:] * 3
+    only = write_jsonl(tmp_path / "b.jsonl", texts[:1] * 3)
+    assert list(prepare(configure(only, out="only", validation_fraction=1e-9)).splits) == ["train"]
+
+
 def test_validation_source_and_limit(tmp_path: Path, configure: Callable[..., PrepareConfig]) -> None:
     train = write_jsonl(tmp_path / "train.jsonl", make_texts(30, seed=5))
     validation = write_jsonl(tmp_path / "held_out.jsonl", make_texts(4, seed=6))
