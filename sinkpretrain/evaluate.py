@@ -112,7 +112,7 @@ def stream(
     _check_writable(folder)
     about = {"dtype": dtype, **provenance(where)}
     results |= {"convention": CONVENTION, **about}
-    missing = [s for s in settings if results["settings"].get(s.name, {}).get("dtype") != dtype]
+    missing = [s for s in settings if not _is_there(results["settings"].get(s.name, {}), s, dtype, reading)]
     if missing:
         # float32 means float32: no tf32 products, whatever ran in this process before.
         torch.set_float32_matmul_precision("highest")
@@ -162,6 +162,14 @@ class Reading:
         for part in self.parts or ():
             places[part.start : part.stop - 1] -= part.start
         return places
+
+
+def _is_there(entry: dict[str, Any], setting: Setting, dtype: str, reading: Reading) -> bool:
+    """Whether an entry of the results is of this setting: the ids do not say where documents end."""
+    if entry.get("dtype") != dtype or reading.parts is None:
+        return entry.get("dtype") == dtype
+    scored = sum(part.stop - part.start - 1 for part in reading.parts)
+    return entry["documents"] == len(reading.parts) and (setting.sample > 0 or entry["scored"] == scored)
 
 
 def _evaluate(

@@ -236,6 +236,11 @@ def test_the_end_of_a_document_is_what_the_tokenizers_folder_says(tmp_path: Path
     np.save(tmp_path / "same.npy", np.array([1, 3, 4, 3, 4, 2, 1, 4, 0, 3, 4, 2]))
     same = stream(str(folder), tokens=str(tmp_path / "same.npy"), cache="1+2", out=str(tmp_path / "p"), progress=False)
     assert results["tokens"]["sha256"] == same["tokens"]["sha256"]
+    # Of bare ids nobody knows that <s> opened a document: they are read behind the </s> before it, not taken for these.
+    where |= {"documents": "reset", "out": str(tmp_path / "q")}
+    apart = stream(str(folder), **where)
+    behind = stream(str(folder), **where | {"text": "", "tokens": str(tmp_path / "same.npy")})
+    assert [r["settings"]["1+2-documents"]["scored"] for r in (apart, behind)] == [10, 11]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
