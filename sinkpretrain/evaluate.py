@@ -431,9 +431,20 @@ def changed_configuration(old: dict[str, Any], new: dict[str, Any]) -> str | Non
     for part in ("shape", "sink"):
         then, now = old.get(part) or {}, json.loads(json.dumps(new.get(part) or {}))
         for name in then.keys() & now.keys():
-            if then[name] != now[name]:
+            if not _alike(then[name], now[name]):
                 return f"{name} {str(then[name])[:60]} then, {str(now[name])[:60]} now"
     return None
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two values of a configuration are the same; machines round angles differently."""
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-6)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_alike(a[k], b[k]) for k in a)
+    return bool(a == b)
 
 
 def _has_losses(path: Path, tokens: int) -> bool:

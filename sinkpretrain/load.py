@@ -244,12 +244,14 @@ def _load_hf(folder: Path, dtype: torch.dtype | None) -> LoadedModel:
     """A Hugging Face folder; one that ``sinkpretrain export`` wrote names the mechanism it was trained with."""
     raw = read_config(folder)
     model: LanguageModel
-    about = raw.get(METADATA_KEY) or {}
-    if raw.get("model_type") == "gpt_neox":
+    about, kind = raw.get(METADATA_KEY) or {}, raw.get("model_type")
+    if not isinstance(kind, str):
+        raise UserError(f"{folder / 'config.json'} does not say what kind of model it is of (model_type is {kind!r}).")
+    if kind == "gpt_neox":
         model, files = _load_neox(folder, about, dtype)
-    elif raw.get("model_type") == METADATA_KEY:
+    elif kind == METADATA_KEY:
         model, files = _load_own(folder, raw, dtype)
-    elif raw.get("model_type") in FAMILIES:
+    elif kind in FAMILIES:
         model, files = load_decoder(folder, dtype)
     else:
         model, files = load_foreign(folder, dtype)

@@ -21,7 +21,7 @@ from sinkpretrain.cache import Cache
 from sinkpretrain.cli import main
 from sinkpretrain.config import RunConfig, SinkConfig, save_yaml
 from sinkpretrain.errors import UserError
-from sinkpretrain.evaluate import one_token, perplexity, stream, table
+from sinkpretrain.evaluate import changed_configuration, one_token, perplexity, stream, table
 from sinkpretrain.files import write_atomically
 from sinkpretrain.load import load_model
 from sinkpretrain.model import GPTNeoX
@@ -614,3 +614,14 @@ def test_the_authors_numbers_from_the_command_line(name: str, tmp_path: Path) ->
     # Negative control: eviction without the shift of positions is a wrong answer, and is found to be one.
     assert differs(fast["4+60"], want["nll_start4_recent60_noshift"])
     assert differs(fast["4+60"], want["nll_start1_recent63"])
+
+
+def test_angles_rounded_by_another_machine_are_no_other_configuration() -> None:
+    def shape(angle: float) -> dict:
+        return {"shape": {"positions": {"frequencies": [1.0, angle]}, "windows": [None, 9]}}
+
+    assert changed_configuration(shape(0.1), shape(0.1 + 1e-9)) is None
+    assert changed_configuration(shape(0.1), shape(0.1001)) is not None
+    assert (
+        changed_configuration(shape(0.1), {"shape": {"windows": [None, 8]}}) == "windows [None, 9] then, [None, 8] now"
+    )
