@@ -186,10 +186,10 @@ class Foreign(nn.Module):
         def attention(_: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]) -> Tensor:
             layer, E = next(layers), v.shape[-1]
             D = self.config.head_dim
-            # ``Attend`` divides by sqrt(D).
-            q = self._placed(q, layer) * (self.config.scales[layer] * D**0.5)
             sink: Any = self.sinks[layer]
-            out = attend(layer, q, self._placed(k, layer), F.pad(v, (0, D - E)), sink)
+            q, k = self._placed(q, layer), self._placed(k, layer)
+            q = q * (self.config.scales[layer] * D**0.5)  # ``Attend`` divides by sqrt(D)
+            out = attend(layer, q, k, v if D == E else F.pad(v, (0, D - E)), sink)
             return out[..., :E].to(v.dtype).transpose(1, 2).contiguous()
 
         return run(self.base, ids_BT, positions_T.expand(B, T), attention)
