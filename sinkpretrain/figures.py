@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -364,6 +365,46 @@ def loss_figure(runs: list[tuple[str, Curve, Curve]], by_tokens: bool = False) -
         legend_below(figure, lines)
     elif lines:
         axis.legend(lines.values(), lines.keys(), frameon=False)
+    return figure
+
+
+WINDOWS = 40
+"""Points of a curve of differences."""
+
+
+@styled
+def loss_difference_figure(
+    runs: list[tuple[str, NDArray[np.int64], NDArray[np.float64]]], names: Sequence[str]
+) -> Figure:
+    """Differences of training losses, each a mean over one of ``WINDOWS`` windows of steps.
+
+    The first windows are left out of the scale: while losses fall fast, they differ by much more than later.
+
+    Args:
+        runs: name, steps and differences of each.
+        names: of all runs in the order of their colours.
+    """
+    look = dict(zip(names, styles(names), strict=True))
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    axis = figure.subplots()
+    lines: dict[str, Any] = {}
+    shown = []
+    for name, steps, nats in runs:
+        edges = np.linspace(0, len(steps), min(WINDOWS, len(steps)) + 1).astype(int)
+        x = [steps[a:b].mean() for a, b in itertools.pairwise(edges)]
+        y = np.array([nats[a:b].mean() for a, b in itertools.pairwise(edges)])
+        (line,) = axis.plot(x, y, linewidth=1.4, **look[name])
+        lines.setdefault(name, line)
+        shown += y[len(y) // 20 + (len(y) > 1) :].tolist()
+    axis.axhline(0, color=INK, linewidth=0.8)
+    low, high = min([*shown, 0.0]), max([*shown, 0.0])
+    margin = 0.1 * (high - low) or 1e-3
+    axis.set_ylim(low - margin, high + margin)
+    axis.set_xlabel("optimizer step")
+    axis.set_ylabel("nats per token")
+    axis.set_title("training loss minus vanilla's, same batches")
+    tidy(axis)
+    legend_below(figure, lines)
     return figure
 
 

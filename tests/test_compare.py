@@ -383,6 +383,46 @@ def test_speeds_stand_beside_vanillas_on_the_same_device(tmp_path: Path) -> None
     assert "| sink_logit | sink_logit | 10 |  | 1.50 GiB | cpu |" in text
 
 
+def test_training_losses_on_the_same_batches_are_paired(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.5, 200)
+
+    def run(name: str, sink: str, lower: float, tokens: int = 10, settings: str = "", data: bool = True) -> Path:
+        folder = make_run(tmp_path / name, sink, {"train_sha256": "1"} if data else None)
+        with (folder / "config.yaml").open("a") as file:
+            file.write(settings)
+        lines = [
+            {"kind": "train", "step": n, "tokens": n * tokens, "loss": 4.0 + float(x) - lower * (n > 160)}
+            for n, x in enumerate(noise, start=1)
+        ]
+        lines[190]["loss"] = None if lower else lines[190]["loss"]  # a step that was skipped
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return folder
+
+    folders = [
+        run("plain", "vanilla", 0.0),
+        run("plain-2", "vanilla", 0.0, settings="training: {seed: 2}\ndata: {seed: 2}\n"),
+        run("zero", "zero_sink", 0.01),
+        run("zero-2", "zero_sink", 0.02, settings="training: {seed: 2}\ndata: {seed: 2}\n"),
+        run("logit", "sink_logit", 0.3, settings="training: {seed: 2}\n"),  # other weights, the batches of the first
+        run("elsewhere", "zero_sink", 0.01, settings="data: {seed: 3}\n"),
+        run("larger", "zero_sink", 0.01, tokens=20),
+    ]
+    out = tmp_path / "out"
+    records = {r["name"]: r for r in compare(folders, out).records["training_differences"]}
+    assert {name: r["against"] for name, r in records.items()} == {
+        "zero": "plain", "zero-2": "plain-2", "logit": "plain",
+    }  # fmt: skip
+    assert [records[n]["nats"] for n in ("zero", "zero-2", "logit")] == pytest.approx([-0.01, -0.02, -0.3])
+    assert all(r["low"] == pytest.approx(r["nats"]) == pytest.approx(r["high"]) for r in records.values())
+    assert (records["zero"]["first_step"], records["zero"]["last_step"]) == (161, 200)
+    text = (out / "comparison.md").read_text()
+    assert "| zero | plain | 161 to 200 | -0.0100 | -0.0100 to -0.0100 |" in text
+    assert (out / "loss_difference.png").is_file()
+    with pytest.warns(UserWarning, match="does not say what data"):
+        alone = compare([folders[0], run("unknown", "zero_sink", 0.01, data=False)], tmp_path / "other")
+    assert not alone.records["training_differences"]
+
+
 def test_runs_whose_steps_differ_in_size_compare_by_tokens(tmp_path: Path) -> None:
     def run(name: str, sizes: list[int]) -> Run:
         lines: list[dict[str, Any]] = []

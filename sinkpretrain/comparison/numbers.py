@@ -299,6 +299,76 @@ def training(run: Run) -> Record:
     }
 
 
+@dataclass(frozen=True)
+class SameBatches:
+    """Training losses of a run minus those of another on the same batches.
+
+    steps: those that both have, with as many tokens read.
+    nats: the difference of each.
+    """
+
+    run: Run
+    base: Run
+    steps: NDArray[np.int64]
+    nats: NDArray[np.float64]
+
+
+LAST = 5
+"""The last fifth of the steps says where a training loss ended."""
+
+
+def same_batches(runs: list[Run]) -> list[SameBatches]:
+    """Every run beside a vanilla one that saw the same batches, of the same initial weights if there is one."""
+    vanilla = [r for r in runs if r.mechanism == "vanilla"]
+    found = []
+    for run in runs:
+        others = [v for v in vanilla if v is not run and _order(v) == _order(run)]
+        others.sort(key=lambda v: v.config.training.seed != run.config.training.seed)
+        if run.mechanism != "vanilla" and others and run.about.get("data") and others[0].about.get("data"):
+            ours, theirs = _losses(run), _losses(others[0])
+            steps = np.array(
+                sorted(s for s in ours.keys() & theirs.keys() if ours[s][0] == theirs[s][0]), dtype=np.int64
+            )
+            if len(steps) >= LAST:
+                nats = np.array([ours[s][1] - theirs[s][1] for s in steps.tolist()])
+                found.append(SameBatches(run, others[0], steps, nats))
+    return found
+
+
+def _order(run: Run) -> tuple[Any, ...]:
+    """What decides which samples are in which batch, but for their number; the data were found to be the same."""
+    data = run.config.data
+    return run.config.model.context, data.seed, data.shuffle
+
+
+def _losses(run: Run) -> dict[int, tuple[int, float]]:
+    """By step: the tokens read so far, and the training loss."""
+    lines = (line for line in run.lines if line["kind"] == "train" and line["loss"] is not None)
+    return {line["step"]: (line.get("tokens", 0), line["loss"]) for line in lines}
+
+
+def training_differences(runs: list[Run]) -> list[Record]:
+    """Over the last fifth of the steps that two runs share: nats, with the 95 % interval over blocks of steps."""
+    records = []
+    for pair in same_batches(runs):
+        last = pair.nats[-max(1, len(pair.nats) // LAST) :]
+        nats, low, high = paired_difference(last, np.zeros_like(last))
+        records.append(
+            {
+                "name": pair.run.name,
+                "mechanism": pair.run.mechanism,
+                "seed": pair.run.config.training.seed,
+                "against": pair.base.name,
+                "first_step": int(pair.steps[-len(last)]),
+                "last_step": int(pair.steps[-1]),
+                "nats": nats,
+                "low": low,
+                "high": high,
+            }
+        )
+    return records
+
+
 def streaming_speed(results: list[Result]) -> list[Record]:
     """One record per model and setting."""
     return [

@@ -233,14 +233,46 @@ def training(found: Found) -> Section:
 
     curves = [(name, curve(r, "train"), curve(r, "validation")) for name, r in numbers.runs_by_seed(found.runs)]
     against = "tokens read, for steps differ in size" if by_tokens else "optimizer steps"
-    return Section(
-        "Training",
+    blocks: list[Block] = [
+        Table(["run", "mechanism", "seed", "steps", "training loss", "validation loss"], rows, labels=2),
+        "Losses in nats per token; validation loss is over the targets that every mechanism has.",
+        Picture("loss", f"Loss against {against}.", figures.loss_figure(curves, by_tokens)),
+    ]
+    return Section("Training", blocks + same_batches(found.runs))
+
+
+def same_batches(runs: list[Run]) -> list[Block]:
+    """Training losses against vanilla's, where both saw the same batches: what differs by little can then be seen."""
+    records, pairs = numbers.training_differences(runs), numbers.same_batches(runs)
+    if not records:
+        return []
+    body = [
         [
-            Table(["run", "mechanism", "seed", "steps", "training loss", "validation loss"], rows, labels=2),
-            "Losses in nats per token; validation loss is over the targets that every mechanism has.",
-            Picture("loss", f"Loss against {against}.", figures.loss_figure(curves, by_tokens)),
-        ],
-    )
+            r["name"],
+            r["against"],
+            f"{r['first_step']:,} to {r['last_step']:,}",
+            f"{r['nats']:+.4f}",
+            nats(r["low"], r["high"]),
+        ]
+        for r in records
+    ]
+    names = {id(run): name for name, run in numbers.runs_by_seed(runs)}
+    curves = [(names[id(pair.run)], pair.steps, pair.nats) for pair in pairs]
+    return [
+        Table(["run", "against", "steps", "training loss, nats", "95 % over steps"], body, labels=2),
+        "Step by step over the same batches, the last fifth of the steps that both have. A model with tokens in front "
+        "of a sample also predicts the sample's first one, from nothing: its mean is over one more target, a hard one.",
+        Picture(
+            "loss_difference",
+            "Training loss minus vanilla's on the same batches, mean over windows of steps: below the line is better.",
+            figures.loss_difference_figure(curves, list(names.values())),
+        ),
+    ]
+
+
+def nats(low: float, high: float) -> str:
+    """An interval of a small difference."""
+    return f"{low:+.4f} to {high:+.4f}"
 
 
 def sinks(found: Found) -> Section:
