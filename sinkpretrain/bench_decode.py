@@ -30,7 +30,7 @@ from sinkpretrain.model import GPTNeoX
 from sinkpretrain.provenance import provenance
 from sinkpretrain.sampling import Sampler, Sampling
 from sinkpretrain.streaming import stream_nll
-from sinkpretrain.timing import free_memory, matmul_rate
+from sinkpretrain.timing import free_memory, matmul_rate, product_weights
 
 START = 4
 """Initial positions in every cache, as in the paper's figure."""
@@ -107,7 +107,7 @@ def bench_decode(
         "dtype": str(kind).removeprefix("torch."),
         "paper": FIGURE_10_CITATION,
         "difference_to_the_evaluator": check(where),
-        "matmul_flops_per_second": matmul_rate(),
+        "matmul_flops_per_second": matmul_rate(where),
         "figures": [],
         "left_out": [],
     }
@@ -290,9 +290,16 @@ def measure(job: Job, model: LanguageModel, seconds: float, profile: bool = Fals
         "peak_memory_bytes": peak_memory(device),
         "cache_bytes": cache_bytes,
         "parameters": model.n_parameters(),
-        # Of the products alone, 2 per weight and token.
-        "flops_per_token": 2.0 * model.n_parameters() * (job.length if job.strategy == "recompute" else 1),
+        "flops_per_token": flops_per_token(model, job.length if job.strategy == "recompute" else 1),
     }
+
+
+def flops_per_token(model: LanguageModel, positions: int) -> float:
+    """Floating-point operations of the products for one token drawn, attention's not counted: a forward over so many
+    positions, of which the last one alone has logits."""
+    assert isinstance(model, nn.Module)
+    head = model.head.weight.numel()
+    return 2.0 * ((product_weights(model) - head) * positions + head)
 
 
 def _times(tokens: Iterator[int], seconds: float) -> list[float]:

@@ -31,7 +31,7 @@ from sinkpretrain.ops import can_compile, compiled
 from sinkpretrain.provenance import provenance
 from sinkpretrain.scoring import BlockSize, Losses, token_nll
 from sinkpretrain.streaming import stream_nll, token_loop_nll
-from sinkpretrain.timing import matmul_rate, start_clean
+from sinkpretrain.timing import matmul_rate, product_weights, start_clean
 
 SEVERAL = (0, 1, 2, 4)
 """Initial positions of the settings that are taken together, as in table 3 of StreamingLLM."""
@@ -90,7 +90,7 @@ def bench_stream(
         **provenance(where),
         "dtype": str(kind).removeprefix("torch."),
         "cache": cache,
-        "matmul_flops_per_second": matmul_rate(),
+        "matmul_flops_per_second": matmul_rate(where),
         "figures": [],
         "failed": [],
         "left_out": [],
@@ -313,9 +313,8 @@ class Bench:
 def flops_per_token(model: LanguageModel, cache: Cache) -> float:
     """Floating-point operations of streaming one token: 2 per weight of a matrix product, and x + y + 1 keys."""
     assert isinstance(model, nn.Module)
-    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     c = model.config
-    return 2.0 * matrices + 4.0 * c.n_layer * c.n_head * c.head_dim * (cache.size + 1)
+    return 2.0 * product_weights(model) + 4.0 * c.n_layer * c.n_head * c.head_dim * (cache.size + 1)
 
 
 def evict(past: Any, cache: Cache) -> None:

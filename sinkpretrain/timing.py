@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sinkpretrain.device import peak_memory
+
 FLUSH = 5
 """Steps between two readings of the clock; reading it waits for the GPU."""
 
@@ -33,11 +35,12 @@ def free_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def matmul_rate() -> float:
+def matmul_rate(where: torch.device | None = None) -> float:
     """Floating-point operations per second of a large bf16 product (fp32 and smaller on a CPU), on random data."""
-    cuda = torch.cuda.is_available()
+    where = where or device()
+    cuda = where.type == "cuda"
     n, dtype = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
-    a, b = (torch.randn(n, n, device=device(), dtype=dtype) for _ in range(2))
+    a, b = (torch.randn(n, n, device=where, dtype=dtype) for _ in range(2))
     times = []
     for _ in range(12):
         started = time.perf_counter()
@@ -47,6 +50,11 @@ def matmul_rate() -> float:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - started) / (5 if cuda else 1))
     return 2 * n**3 / statistics.median(times[3:])
+
+
+def product_weights(model: nn.Module) -> int:
+    """Weights that are in a matrix product for each token: 2 floating-point operations each."""
+    return sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
 
 
 def bare_step(loss: Callable[[], Tensor], net: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Tensor]:
@@ -83,13 +91,13 @@ def seconds_per_step(step: Callable[[], Tensor], steps: int) -> tuple[float, flo
 
 
 def figure(name: str, seconds: float, tokens: int, flops_per_token: float, **more: Any) -> dict[str, Any]:
-    """A measurement as it stands in the JSON; rates per second, peak memory since ``start_clean``."""
+    """A measurement as it stands in the JSON; rates per second, peak memory (``device.peak_memory``)."""
     return {
         "name": name,
         "tokens_per_second": round(tokens / seconds, 1),
         "milliseconds": round(1000 * seconds, 3),
         "tokens_per_step": tokens,
         "model_flops_per_second": tokens / seconds * flops_per_token,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        "peak_memory_bytes": peak_memory(device()),
         **{k: round(v, 5) if isinstance(v, float) else v for k, v in more.items()},
     }

@@ -31,6 +31,7 @@ def test_figures_of_the_trainer_a_bare_loop_and_a_peer(tmp_path: Path, capsys) -
     for figure in figures.values():
         assert figure["tokens_per_step"] == 2 * 128
         assert figure["milliseconds"] == pytest.approx(1000 * 256 / figure["tokens_per_second"], rel=1e-3)
+        assert figure["peak_memory_bytes"] > 1 << 27  # of the process, on a CPU
         assert figure["share_of_matmul_rate"] == pytest.approx(figure["model_flops_per_second"] / 1e12, abs=1e-4)
     assert 0 <= figures["ours: vanilla"]["waiting_for_data"] < 1
     assert report["device"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from sinkpretrain.bench_decode import SHAPES, Recomputing, build, jobs, pairs, table
+from sinkpretrain.bench_decode import SHAPES, Recomputing, build, flops_per_token, jobs, pairs, table
 from sinkpretrain.bench_figures import decode_figure
 from sinkpretrain.cli import main
 from sinkpretrain.sampling import Sampler, Sampling
@@ -40,6 +40,20 @@ def test_a_strategy_that_was_not_measured_leaves_the_figure_to_the_other(tmp_pat
     report = json.loads(out.read_text())
     [legend] = decode_figure(report).legends
     assert [t.get_text() for t in legend.get_texts()] == [f"streaming, {report['device']}"]
+
+
+@pytest.mark.parametrize("positions", [1, 24])
+def test_flops_are_those_of_the_products_of_a_forward(positions: int) -> None:
+    """Counted by torch, of which what attention does is taken away."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = build("toy", torch.device("cpu"), torch.float32)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.head(model.hidden(torch.zeros(1, positions, dtype=torch.int64))[0, -1:])
+    c = model.config
+    attention = 4 * c.n_layer * c.n_head * c.head_dim * positions**2
+    assert flops_per_token(model, positions) == counter.get_total_flops() - attention
 
 
 def test_the_papers_numbers_stand_beside_ours() -> None:
