@@ -2,9 +2,9 @@
 
 With attention that returns zeros, what a layer hands to it does not depend on what the layers before attended to. So
 queries and keys of the same tokens, with the model's rotation and without it, tell by which angles each layer rotates;
-at other positions, whether anything but the rotation depends on them; in two pieces, whether attention is all through
-which tokens meet. How far a layer sees, its mask function says. In the end the model, with its attention taken over,
-must give the hidden states of its own forward.
+at other positions, whether anything but the rotation depends on them; without their first half, whether attention is
+all through which tokens meet. How far a layer sees, its mask function says. In the end the model, with its attention
+taken over, must give the hidden states of its own forward.
 """
 
 from __future__ import annotations
@@ -127,11 +127,10 @@ def _taken_over(theirs: Any) -> Foreign:
         raise UserError(
             f"its {n_layer} layers do not call transformers' attention interface once each, but {len(calls)} times."
         )
-    halves = slice(0, TOKENS // 2), slice(TOKENS // 2, None)
-    (first, left), (second, right) = (_trace(base, ids[:, half], here[:, half]) for half in halves)
-    queries = [(torch.cat((a.q, b.q), dim=2), c.q) for a, b, c in zip(first, second, calls, strict=True)]
-    both = [*queries, (torch.cat((left, right), dim=1), hidden)]
-    if any(distance(pieces, whole, n_layer) > 1 for pieces, whole in both):
+    half = TOKENS // 2
+    alone, of_half = _trace(base, ids[:, half:], here[:, half:])
+    beside = [(a.q, b.q[:, :, half:]) for a, b in zip(alone, calls, strict=True)]
+    if any(distance(part, whole, n_layer) > 1 for part, whole in [*beside, (of_half, hidden[:, half:])]):
         raise UserError("tokens meet by other means than attention.")
     moved, _ = _trace(base, ids, there)
     learned = any(not torch.equal(a.q, b.q) for a, b in zip(calls, moved, strict=True))

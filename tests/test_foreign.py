@@ -69,7 +69,7 @@ def build(kind: str, **options: Any) -> torch.nn.Module:
 
     config = AutoConfig.for_model(kind, **{k: v for k, v in {**SHAPE, **options}.items() if v is not None})
     torch.manual_seed(sum(map(ord, kind)))
-    model = sharpened(AutoModelForCausalLM.from_config(config).float().eval())
+    model = sharpened(AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval())
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(FACTORS.get(kind, 1.0))
     return model
