@@ -12,6 +12,8 @@ import torch
 from conftest import TINY, peaked
 from family_factory import MODELS, build, save
 from test_decode import nll, sampler, text
+from test_foreign import MODELS as FOREIGN
+from test_foreign import build as build_foreign
 
 from sinkpretrain.cache import Cache
 from sinkpretrain.config import SinkConfig
@@ -40,6 +42,22 @@ def test_steps_equal_the_evaluator(mechanism: SinkConfig, cache: str) -> None:
 @pytest.mark.parametrize("name", list(MODELS))
 def test_every_family(name: str, tmp_path: Path) -> None:
     agrees(load_model(save(build(name), tmp_path)).model, Cache(4, 8), text(60))
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "gemma2", "gemma3_text", "opt", "phi"])
+def test_kinds_that_transformers_runs(kind: str, tmp_path: Path) -> None:
+    """No graph is made of their steps: what transformers' code does in them is not known."""
+    ids, cache = text(60), Cache(4, 8)
+    net = load_model(save(build_foreign(kind, **FOREIGN[kind]), tmp_path)).model
+    want = stream_nll(net, ids, cache)
+    net = net.to("cuda")
+    assert np.abs(stream_nll(net, ids, cache) - want).max() < 1e-3
+    engine = Engine(net, cache, block=8)
+    assert np.abs(nll(engine, ids) - want).max() < 1e-3
+    forbidden = torch.zeros(net.config.vocab_size, dtype=torch.bool, device="cuda")
+    stream = TokenStream(engine, Sampler(Sampling(0.0), forbidden, torch.Generator("cuda")))
+    assert len(list(itertools.islice(stream, 20))) == 20
+    assert stream._advance._graph is None
 
 
 def test_windows_and_pinned_sinks() -> None:
