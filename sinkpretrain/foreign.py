@@ -26,6 +26,7 @@ from sinkpretrain import sinks
 from sinkpretrain.attention import angle_tables, causal_attention, rotate, spread_heads, visible_keys, weighed_attention
 from sinkpretrain.config import ModelConfig, SinkConfig
 from sinkpretrain.decoder import Rotary
+from sinkpretrain.errors import UserError
 from sinkpretrain.language import Attend
 
 INTERFACE, TRACED = "sinkpretrain", "sinkpretrain-traced"
@@ -43,10 +44,20 @@ def _interface(
     return _attention.get()(module, query, key, value, attention_mask, options), None
 
 
+class Mask(Tensor):
+    """In place of a mask, something that carries the rule which would have made it; what is done to it loses that."""
+
+    rule: Any = None
+
+    def __getitem__(self, index: Any) -> Any:
+        part: Any = super().__getitem__(index)
+        part.rule = self.rule
+        return part
+
+
 def _rule(*_: Any, mask_function: Any, **__: Any) -> Tensor:
-    """In place of a mask, something that carries the rule which would have made it."""
-    mask = torch.zeros(1, 1, 1, 1)
-    mask.rule = mask_function  # type: ignore[attr-defined]
+    mask: Mask = torch.zeros(1, 1, 1, 1).as_subclass(Mask)
+    mask.rule = mask_function
     return mask
 
 
@@ -62,10 +73,14 @@ def register() -> None:
 
 @dataclass(frozen=True)
 class Turn:
-    """How a layer rotates: the angles, and whether neighbouring dimensions are the pairs instead of the two halves."""
+    """How a layer rotates: the angles, and whether neighbouring dimensions are the pairs instead of the two halves.
+
+    first: of a head's dimensions that are rotated; those before it and behind them are not.
+    """
 
     rotary: Rotary
     neighbours: bool = False
+    first: int = 0
 
     @property
     def width(self) -> int:
@@ -130,16 +145,21 @@ class Capped(sinks.Mechanism):
         return capped(logits_BHTS, self.cap).masked_fill(~visible, float("-inf")).softmax(-1)
 
 
-class Unrotated(nn.Module):
-    """In the place of a model's rotary embedding: tables that rotate by nothing, unless ``on``."""
+class Unrotated:
+    """A model's rotary embedding, which from now on gives tables that rotate by nothing, unless ``on``."""
 
     def __init__(self, tables: nn.Module) -> None:
-        super().__init__()
         self.tables, self.on = tables, False
+        tables.register_forward_hook(self._instead)
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        cos, sin = self.tables(*args, **kwargs)
-        return (cos, sin) if self.on else (torch.ones_like(cos), torch.zeros_like(sin))
+    def _instead(self, _: nn.Module, __: Any, found: Any) -> Any:
+        if self.on:
+            return found
+        if isinstance(found, Tensor) and found.is_complex():
+            return torch.ones_like(found)
+        if isinstance(found, tuple) and len(found) == 2 and all(isinstance(table, Tensor) for table in found):
+            return torch.ones_like(found[0]), torch.zeros_like(found[1])
+        raise UserError("its rotary embedding does not give cosines and sines.")
 
 
 class Foreign(nn.Module):
@@ -184,22 +204,31 @@ class Foreign(nn.Module):
         layers = iter(range(self.config.n_layer))
 
         def attention(_: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]) -> Tensor:
-            layer, E = next(layers), v.shape[-1]
-            D = self.config.head_dim
-            sink: Any = self.sinks[layer]
-            q, k = self._placed(q, layer), self._placed(k, layer)
-            q = q * (self.config.scales[layer] * D**0.5)  # ``Attend`` divides by sqrt(D)
-            out = attend(layer, q, k, v if D == E else F.pad(v, (0, D - E)), sink)
-            return out[..., :E].to(v.dtype).transpose(1, 2).contiguous()
+            return self.attended(next(layers), q, k, v, attend)
 
         return run(self.base, ids_BT, positions_T.expand(B, T), attention)
+
+    def attended(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
+        """A layer's attention [B, T, H, E]; queries and keys as transformers hands them over, not rotated."""
+        D, E = self.config.head_dim, v.shape[-1]
+        sink: Any = self.sinks[layer]
+        q, k = self._placed(q, layer), self._placed(k, layer)
+        q = q * (self.config.scales[layer] * D**0.5)  # ``Attend`` divides by sqrt(D)
+        out = attend(layer, q, k, v if D == E else F.pad(v, (0, D - E)), sink)
+        return out[..., :E].to(v.dtype).transpose(1, 2).contiguous()
+
+    def turned(self, layer: int, x_BHTE: Tensor) -> Tensor:
+        """Queries or keys of positions 0, 1, ... rotated as the layer does it, dimensions in the order of its own."""
+        places = dimensions(self.config.turns, layer, x_BHTE.shape[-1])
+        x_BHTD = x_BHTE.new_zeros(*x_BHTE.shape[:-1], self.config.head_dim).index_copy_(-1, places, x_BHTE)
+        return rotate(x_BHTD, *self.rope(torch.arange(x_BHTE.shape[2])))[..., places]
 
     def _placed(self, x_BHTE: Tensor, layer: int) -> Tensor:
         """A head's dimensions where ``rope`` rotates them as this layer does, [B, H, T, D]."""
         E, D, device = x_BHTE.shape[-1], self.config.head_dim, x_BHTE.device
         places = self._constant(f"layer {layer}", device, lambda: dimensions(self.config.turns, layer, E))
         # One way to rotate, halves paired: most models.
-        if D == E and not any(way.neighbours for way in self.config.ways):
+        if D == E and not any(way.neighbours or way.first for way in self.config.ways):
             return x_BHTE
         return x_BHTE.new_zeros(*x_BHTE.shape[:-1], D).index_copy_(-1, places, x_BHTE)
 
@@ -259,10 +288,14 @@ class Foreign(nn.Module):
         return sum(p.numel() for p in self.theirs.parameters())
 
 
-def head_dim(turns: Sequence[Turn | None], width: int) -> int:
-    """D: the rotated dimensions of every way to rotate, then as many others as a layer has at most."""
+def head_dim(turns: Sequence[Turn | None], widths: Sequence[int]) -> int:
+    """D: the rotated dimensions of every way to rotate, then as many others as a layer has at most.
+
+    Args:
+        turns, widths: of each layer, how it rotates and how many dimensions its queries have.
+    """
     rotated = sum(way.width for way in set(turns) if way is not None)
-    return rotated + max(width - (0 if way is None else way.width) for way in turns)
+    return rotated + max(E - (0 if way is None else way.width) for way, E in zip(turns, widths, strict=True))
 
 
 def dimensions(turns: Sequence[Turn | None], layer: int, width: int) -> Tensor:
@@ -278,7 +311,7 @@ def dimensions(turns: Sequence[Turn | None], layer: int, width: int) -> Tensor:
     before = sum(w.width for w in ways[: ways.index(way)]) // 2
     first = torch.arange(before, before + way.width // 2)
     pairs = torch.stack((first, first + half), dim=1 if way.neighbours else 0).flatten()
-    return torch.cat((pairs, rest[: width - way.width]))
+    return torch.cat((rest[: way.first], pairs, rest[way.first : width - way.width]))
 
 
 def run(base: nn.Module, ids_BT: Tensor, positions_BT: Tensor, attention: Attention) -> Tensor:

@@ -1,23 +1,27 @@
 """What a model of transformers does in its attention, found out from a few short forwards.
 
-With attention that returns zeros, what a layer hands to it does not depend on what the layers before attended to. So
-queries and keys of the same tokens, with the model's rotation and without it, tell by which angles each layer rotates;
-at other positions, whether anything but the rotation depends on them; without their first half, whether attention is
-all through which tokens meet. How far a layer sees, its mask function says. In the end the model, with its attention
-taken over, must give the hidden states of its own forward.
+With attention in which each token attends to itself alone, what a layer hands to it does not depend on where tokens
+stand. So queries and keys of the same tokens, with the model's rotation and without it, tell by which angles each
+layer rotates; at other positions, near and far beyond the context, whether anything but the rotation depends on them;
+token by token, whether attention is all through which tokens meet. How far a layer sees, its mask function says.
+Attention itself is compared with transformers' own on peaked logits in fp32, whatever the dtype of the weights, and
+what becomes of the output matrix's logits on numbers put in their place. In the end each layer, with its attention
+taken over, must give what it gives in the model's own forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sinkpretrain.attention import angle_tables, rotate
+from sinkpretrain.attention import angle_tables, rotate, spread_heads, visible_keys
 from sinkpretrain.decoder import Rotary
 from sinkpretrain.errors import UserError
 from sinkpretrain.foreign import (
@@ -36,8 +40,14 @@ from sinkpretrain.foreign import (
 from sinkpretrain.weights import weight_files
 
 TOKENS = 24
-APART = 100
-"""By how much the positions of a second forward differ from those of the first."""
+FAR = 2**20
+"""Positions of the last forward begin here, beyond every length at which a model is known to change what it does."""
+SPREAD = 2**16
+"""Up to here positions of the second forward are spread over the context."""
+KNOWN = ("s_aux", "position_ids", "cache_position")
+"""Tensors that attention may be given besides queries, keys and values: learned logits, and what does not matter."""
+PEAKED = 8.0
+"""Standard deviation of the logits on which attention is compared."""
 BY_LENGTH = ("dynamic", "longrope")
 """Scalings of rotary positions that depend on the length of the text and have no exact streaming form."""
 
@@ -49,7 +59,7 @@ class Call:
     module: nn.Module
     q: Tensor
     k: Tensor
-    width: int
+    v: Tensor
     rule: Any
     options: dict[str, Any]
 
@@ -93,6 +103,7 @@ def _load(folder: Path, dtype: torch.dtype | None) -> Any:
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported like what is missing
+            trust_remote_code=False,  # or it would ask
         )
     except Exception as error:
         raise UserError(f"transformers cannot load {folder}: {(str(error).splitlines() or [''])[0]}") from error
@@ -112,122 +123,254 @@ def _load(folder: Path, dtype: torch.dtype | None) -> Any:
 def _taken_over(theirs: Any) -> Foreign:
     config = theirs.config.get_text_config()
     base, n_layer = theirs.get_decoder(), config.num_hidden_layers
-    if config.max_position_embeddings < TOKENS:
-        raise UserError(f"its context of {config.max_position_embeddings} tokens is too short.")
+    context = getattr(config, "max_position_embeddings", None)
+    if isinstance(context, int) and context < TOKENS:
+        raise UserError(f"its context of {context} tokens is too short.")
     ids = torch.randint(config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     here = torch.arange(TOKENS)[None]
-    there = here + min(APART, config.max_position_embeddings - TOKENS)
-    wanted, logits = _own_forward(theirs, ids, here)
+    if base is theirs or isinstance(base, nn.Linear):
+        raise UserError("its decoder cannot be told from its output matrix.")
+    wanted, entered = _own_forward(theirs, ids, here)
+    factor, cap = _head(theirs, wanted, entered, ids)
 
     register()
     tables = _unrotate(base)
     theirs.set_attn_implementation(TRACED)
     calls, hidden = _trace(base, ids, here)
-    if len(calls) != n_layer or len({call.module for call in calls}) != n_layer:
+    if len(calls) != n_layer:
         raise UserError(
-            f"its {n_layer} layers do not call transformers' attention interface once each, but {len(calls)} times."
+            f"its {n_layer} layers do not call transformers' attention interface once each, but {len(calls)} times "
+            "(layers that are not attention, or do it by code of their own)."
         )
-    half = TOKENS // 2
-    alone, of_half = _trace(base, ids[:, half:], here[:, half:])
-    beside = [(a.q, b.q[:, :, half:]) for a, b in zip(alone, calls, strict=True)]
-    if any(distance(part, whole, n_layer) > 1 for part, whole in [*beside, (of_half, hidden[:, half:])]):
-        raise UserError("tokens meet by other means than attention.")
-    moved, _ = _trace(base, ids, there)
-    learned = any(not torch.equal(a.q, b.q) for a, b in zip(calls, moved, strict=True))
-    for table in tables:
-        table.on = True
-    rotated, _ = _trace(base, ids, there)
-    for table in tables:
-        table.on = False
-    ways = _ways(tables)
-    turns = [_turn(plain, turned, there[0], ways) for plain, turned in zip(moved, rotated, strict=True)]
-    if learned and any(turns):
-        raise UserError("its queries depend on their positions by other means than a rotation.")
+    if len({call.module for call in calls}) != n_layer:
+        raise UserError("it runs some of its layers more than once.")
+    if not isinstance(context, int):
+        raise UserError("its config.json names no length of its context (max_position_embeddings).")
+    for name in (name for call in calls for name, value in call.options.items() if isinstance(value, Tensor)):
+        if name not in KNOWN:
+            raise UserError(f"its attention is given {name!r}, which is not known here.")
+    if any(call.q.shape[1] != calls[0].q.shape[1] for call in calls):
+        raise UserError("its layers differ in the number of their heads.")
+    _check_alone(base, ids, here, calls, hidden)
+    turns, learned = _positions(base, tables, ids, here, (calls, hidden), context)
 
     found = tuple(dict.fromkeys(turn for turn in turns if turn is not None))
-    width, heads = calls[0].width, calls[0].q.shape[1]
-    if any(call.q.shape[1:] != calls[0].q.shape[1:] or call.k.shape[-1] != call.width for call in calls):
-        raise UserError("its layers differ in the number or size of their heads, or their keys and values do.")
+    widths = [call.q.shape[-1] for call in calls]
     sinks = [call.options.get("s_aux") for call in calls]
     caps = tuple(call.options.get("softcap") for call in calls)
-    factor, cap = _head(theirs.get_output_embeddings()(wanted), logits, config)
     spec = ForeignSpec(
         family=config.model_type,
         n_layer=n_layer,
-        n_head=heads,
-        head_dim=head_dim(turns, width),
-        context=config.max_position_embeddings,
+        n_head=calls[0].q.shape[1],
+        head_dim=max(head_dim(turns, widths), *(call.v.shape[-1] for call in calls)),
+        context=context,
         vocab_size=theirs.get_input_embeddings().num_embeddings,
         ways=found,
         way_of=tuple(None if turn is None else found.index(turn) for turn in turns),
-        scales=tuple(width**-0.5 if call.options.get("scaling") is None else call.options["scaling"] for call in calls),
+        scales=tuple(
+            width**-0.5 if call.options.get("scaling") is None else call.options["scaling"]
+            for width, call in zip(widths, calls, strict=True)
+        ),
         windows=tuple(_window(call.rule) for call in calls),
         sink_logits=all(s is not None for s in sinks),
         caps=caps,
         logit_factor=factor,
         logit_cap=cap,
-        learned_positions=config.max_position_embeddings if learned else None,
+        learned_positions=context if learned else None,
     )
     if any(s is not None for s in sinks) and (not spec.sink_logits or any(caps)):
         raise UserError("not all of its layers have a learned logit in their softmax, or they cap the others.")
-    theirs.set_attn_implementation(INTERFACE)
     model = Foreign(theirs, _blocks(base, calls), spec, [s for s in sinks if s is not None]).eval()
-    if (apart := distance(model.hidden(ids), wanted, n_layer)) > 1:
-        raise UserError(f"its hidden states are {apart:.1f} times as far from transformers' own as rounding allows.")
+    _check_attention(model, calls)
+    theirs.set_attn_implementation("eager")
+    for table in tables:
+        table.on = True
+    attended: list[Tensor] = []
+
+    def kept(out: Tensor) -> Tensor:
+        attended.append(out)
+        return out
+
+    with _hooked(calls, kept):
+        base(input_ids=ids, position_ids=here, use_cache=False)
+    for table in tables:
+        table.on = False
+    theirs.set_attn_implementation(INTERFACE)
+    apart = _apart(model, calls, ids, attended, wanted)
+    if apart > 1:
+        raise UserError(f"what it attends to is {apart:.1f} times as far from transformers' own as rounding allows.")
     return model
 
 
-def distance(found: Tensor, wanted: Tensor, layers: int = 1) -> float:
+def _apart(model: Foreign, calls: Sequence[Call], ids: Tensor, attended: list[Tensor], wanted: Tensor) -> float:
+    """How far any layer's attention is from transformers' own, and in the end the hidden states.
+
+    Each layer goes on from transformers' own output, so that what rounding does to one is not made larger by those
+    behind it, which in 16 bits can be any size.
+    """
+    left, found = iter(attended), []
+
+    def compared(out: Tensor) -> Tensor:
+        own = next(left)
+        found.append(distance(out, own))
+        return own
+
+    with _hooked(calls, compared):
+        found.append(distance(model.hidden(ids), wanted))
+    return max(found)
+
+
+@contextmanager
+def _hooked(calls: Sequence[Call], instead: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """What comes out of the modules that attend is replaced."""
+
+    def hook(_: nn.Module, __: Any, out: Any) -> Any:
+        return (instead(out[0]), *out[1:]) if isinstance(out, tuple) else instead(out)
+
+    handles = [call.module.register_forward_hook(hook) for call in calls]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_alone(base: nn.Module, ids: Tensor, here: Tensor, calls: list[Call], hidden: Tensor) -> None:
+    """Raises UserError unless each token, read without the others, hands the same to attention as among them.
+
+    A batch is half of them, for what depends on the batch would not show if it were all.
+    """
+    halves = slice(0, TOKENS // 2), slice(TOKENS // 2, None)
+    (first, left), (second, right) = (_trace(base, ids[:, half].T, here[:, half].T) for half in halves)
+    pairs = [(torch.cat((left, right)).transpose(0, 1), hidden)]
+    for a, b, whole in zip(first, second, calls, strict=True):
+        pairs += [
+            (torch.cat((x, y)).transpose(0, 2), z)
+            for x, y, z in ((a.q, b.q, whole.q), (a.k, b.k, whole.k), (a.v, b.v, whole.v))
+        ]
+    if any(distance(alone, whole) > 1 for alone, whole in pairs):
+        raise UserError("tokens meet by other means than attention.")
+
+
+def _positions(
+    base: nn.Module,
+    tables: Sequence[Unrotated],
+    ids: Tensor,
+    here: Tensor,
+    at_here: tuple[list[Call], Tensor],
+    context: int,
+) -> tuple[list[Turn | None], bool]:
+    """How each layer rotates, and whether positions matter otherwise; raises UserError if that is not all."""
+    ways = _ways(tables)
+    there = torch.linspace(1, min(context, SPREAD) - 1, TOKENS).long()[None]
+    moved = _trace(base, ids, there)
+    learned = not _same(at_here, moved)
+    turns: list[Turn | None] | None = None
+    for positions, plain in ((there, moved), (here, at_here)):
+        for table in tables:
+            table.on = True
+        rotated = _trace(base, ids, positions)
+        for table in tables:
+            table.on = False
+        if not _same(plain, rotated, but=("q", "k")):
+            raise UserError("it rotates more than queries and keys.")
+        found = [_turn(a, b, positions[0], ways) for a, b in zip(plain[0], rotated[0], strict=True)]
+        if turns is not None and found != turns:
+            raise UserError("how it rotates queries and keys depends on the length of the text.")
+        turns = found
+    assert turns is not None
+    # An embedding of positions has none so far away.
+    if any(turns) if learned else not _same(at_here, _trace(base, ids, here + FAR)):
+        raise UserError(
+            "what it does depends on positions by other means than a rotation (a scale of attention that grows with "
+            "the text, as in Llama 4 and Ministral 3, for one)."
+        )
+    if _ways(tables) != ways:
+        raise UserError("how it rotates queries and keys depends on the length of the text.")
+    return turns, learned
+
+
+def _same(a: tuple[list[Call], Tensor], b: tuple[list[Call], Tensor], but: Sequence[str] = ()) -> bool:
+    """Whether two forwards are the same, bit by bit."""
+    names = [name for name in ("q", "k", "v") if name not in but]
+    return torch.equal(a[1], b[1]) and all(
+        torch.equal(getattr(x, name), getattr(y, name)) for x, y in zip(a[0], b[0], strict=True) for name in names
+    )
+
+
+def _check_attention(model: Foreign, calls: Sequence[Call]) -> None:
+    """Raises UserError unless each layer's attention is transformers' own, in fp32 and on peaked logits."""
+    places, generator = torch.arange(TOKENS), torch.Generator().manual_seed(1)
+    for layer, call in enumerate(calls):
+        eager: Callable[..., Any] | None = getattr(
+            sys.modules[type(call.module).__module__], "eager_attention_forward", None
+        )
+        if eager is None:
+            continue
+        q, k, v = (
+            torch.randn(1, x.shape[1], TOKENS, x.shape[-1], generator=generator) for x in (call.q, call.k, call.v)
+        )
+        q = q * (PEAKED / (model.config.scales[layer] * q.shape[-1] ** 0.5))
+        seen = visible_keys(places[:, None], places, model.windows[layer])
+        mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
+        options = {
+            name: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
+            for name, x in call.options.items()
+        }
+        wanted = eager(call.module, *(model.turned(layer, x) for x in (q, k)), v, mask, **options)[0]
+        if distance(model.attended(layer, q, k, v, model.causal(TOKENS, places.device)), wanted, worst=True) > 1:
+            raise UserError("it does something in its attention that is not known here.")
+
+
+def distance(found: Tensor, wanted: Tensor, *, worst: bool = False) -> float:
     """How far two tensors are apart, in units of what rounding may do to them.
 
     The median over tokens, for where experts are chosen, rounding may choose others for a few of them. Of a token, the
-    root mean square of the difference as a share of that of ``wanted``; rounding may be 1e-4 in fp32, and in 16 bits
-    0.02 for what comes out of one layer and up to 0.1 for a deep model.
+    root mean square of the difference as a share of that of ``wanted``; rounding may be 1e-4 in fp32, and 0.1 in 16
+    bits, where attention that is peaked makes much of the rounding of its logits.
 
     Args:
         found, wanted: [..., tokens, size].
-        layers: that rounding went through.
+        worst: of the tokens instead of their median, where no experts are chosen.
     """
-    allowed = 1e-4 if wanted.dtype == torch.float32 else min(0.1, 0.02 * layers**0.5)
+    allowed = 1e-4 if wanted.dtype == torch.float32 else 0.1
     found, wanted = found.double(), wanted.double()
     share = (found - wanted).square().mean(-1) / wanted.square().mean(-1).clamp_min(1e-30)
-    return share.sqrt().median().item() / allowed
+    share = share.sqrt()
+    return (share.max() if worst else share.median()).item() / allowed
 
 
 def _own_forward(theirs: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """The last hidden state and the logits of transformers' own forward."""
-    kept: list[Tensor] = []
-    handle = theirs.get_decoder().register_forward_hook(lambda _, __, out: kept.append(out[0]))
+    """The last hidden state and what comes out of the output matrix in transformers' own forward."""
+    hidden: list[Tensor] = []
+    logits: list[Tensor] = []
+    handles = [
+        theirs.get_decoder().register_forward_hook(lambda _, __, out: hidden.append(out[0])),
+        theirs.get_output_embeddings().register_forward_hook(lambda _, __, out: logits.append(out)),
+    ]
     try:
-        logits: Tensor = theirs(input_ids=ids, position_ids=positions, use_cache=False).logits
+        theirs(input_ids=ids, position_ids=positions, use_cache=False)
     finally:
-        handle.remove()
-    return kept[0], logits
+        for handle in handles:
+            handle.remove()
+    return hidden[0], logits[0]
 
 
 def _trace(base: nn.Module, ids: Tensor, positions: Tensor) -> tuple[list[Call], Tensor]:
-    """What each layer hands to its attention in a forward in which attention returns zeros, and what comes out."""
+    """What each layer hands to its attention in a forward in which tokens attend to themselves, and what comes out."""
     calls: list[Call] = []
 
     def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]) -> Tensor:
-        calls.append(Call(module, q.clone(), k.clone(), v.shape[-1], getattr(mask, "rule", None), options))
-        return v.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+        calls.append(Call(module, q.clone(), k.clone(), v.clone(), getattr(mask, "rule", None), options))
+        return spread_heads(v, q.shape[1]).transpose(1, 2).contiguous()
 
     hidden = run(base, ids, positions, attention)
     return calls, hidden
 
 
 def _unrotate(base: nn.Module) -> list[Unrotated]:
-    """Rotary embeddings replaced by ones that can be switched."""
-    found = [
-        (parent, name, child)
-        for parent in base.modules()
-        for name, child in parent.named_children()
-        if type(child).__name__.endswith("RotaryEmbedding")
-    ]
-    for parent, name, child in found:
-        setattr(parent, name, Unrotated(child))
-    return [getattr(parent, name) for parent, name, _ in found]
+    """The rotary embeddings of a model, from now on switched off."""
+    return [Unrotated(module) for module in base.modules() if type(module).__name__.endswith("RotaryEmbedding")]
 
 
 def _ways(tables: Sequence[Unrotated]) -> list[Rotary]:
@@ -251,14 +394,17 @@ def _turn(plain: Call, turned: Call, positions: Tensor, ways: Sequence[Rotary]) 
     if torch.equal(plain.q, turned.q) and torch.equal(plain.k, turned.k):
         return None
     found = {}
-    for turn in (Turn(way, neighbours) for way in ways for neighbours in (False, True)):
-        if turn.width > plain.q.shape[-1]:
+    changed = (plain.q != turned.q).flatten(0, -2).any(0) | (plain.k != turned.k).flatten(0, -2).any(0)
+    first = int(changed.int().argmax())
+    backwards = [replace(way, frequencies=tuple(-f for f in way.frequencies)) for way in ways]  # as nanochat does
+    for turn in (Turn(way, neighbours, first) for way in (*ways, *backwards) for neighbours in (False, True)):
+        if first + turn.width > plain.q.shape[-1]:
             continue
         places = dimensions([turn], 0, plain.q.shape[-1])
         tables = angle_tables(positions, torch.tensor(turn.rotary.frequencies))
         cos, sin = (table * turn.rotary.factor for table in tables)
         found[turn] = max(
-            distance(rotate(_at(places, a), cos, sin), _at(places, b))
+            distance(rotate(_at(places, a), cos, sin), _at(places, b), worst=True)
             for a, b in ((plain.q, turned.q), (plain.k, turned.k))
         )
     best = min(found, key=lambda turn: found[turn], default=None)
@@ -288,15 +434,34 @@ def _window(rule: Any) -> int | None:
     return widths[0]
 
 
-def _head(found: Tensor, wanted: Tensor, config: Any) -> tuple[float, float | None]:
-    """By what the output matrix's logits are multiplied, and at what they are capped then."""
-    factor, cap = 1.0, getattr(config, "final_logit_softcapping", None)
-    if cap is None:
-        factor = float((found.double() * wanted.double()).sum() / found.double().square().sum())
-        factor = 1.0 if abs(factor - 1) < 1e-3 else factor
-    if distance(capped(found * factor, cap), wanted) > 1:
-        raise UserError("its logits do not follow from its last hidden state and its output matrix.")
-    return factor, cap
+def _head(theirs: Any, hidden: Tensor, entered: Tensor, ids: Tensor) -> tuple[float, float | None]:
+    """By what the output matrix's logits are multiplied, and at what they are capped then.
+
+    Args:
+        hidden: the last hidden state.
+        entered: what came out of the output matrix, which may have been given a multiple of that.
+    """
+    head = theirs.get_output_embeddings()
+    size = torch.logspace(-3, 3, head.weight.shape[0] // 2)
+    given = torch.cat((size, -size, size[:1].expand(head.weight.shape[0] % 2)))
+    handle = head.register_forward_hook(lambda _, __, out: given.expand(out.shape))
+    try:
+        made = theirs(input_ids=ids[:, :2], use_cache=False).logits[0, -1].float()
+    finally:
+        handle.remove()
+    plain = head(hidden)
+    before = float((plain.double() * entered.double()).sum() / plain.double().square().sum())
+    before = 1.0 if abs(before - 1) < 1e-3 else before
+    cap = None
+    if made.shape == given.shape:
+        after = float(made[0] / given[0])
+        largest = len(size) - 1
+        if abs(float(made[largest] / given[largest]) / after - 1) > 1e-3:
+            cap = float(made[largest])
+        if torch.allclose(capped(given * after, cap), made, rtol=1e-3) and distance(plain * before, entered) <= 1:
+            factor = before * after
+            return (1.0 if abs(factor - 1) < 1e-5 else factor), cap
+    raise UserError("its logits do not follow from its last hidden state and its output matrix.")
 
 
 def _blocks(base: nn.Module, calls: Sequence[Call]) -> nn.ModuleList:
@@ -307,4 +472,4 @@ def _blocks(base: nn.Module, calls: Sequence[Call]) -> nn.ModuleList:
             continue
         if all(any(m is module for m in layer.modules()) for layer, module in zip(found, modules, strict=True)):
             return found
-    raise UserError("its layers cannot be told.")
+    raise UserError("its layers are not a list with one attention in each.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,30 @@ MODELS: dict[str, dict[str, Any]] = {
     "phi": {"num_key_value_heads": 4},  # a bias of the output matrix
     "mixtral": EXPERTS,
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "num_key_value_heads": None},  # learned positions
+    "gemma4_text": {
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "sliding_window": 9,
+        "layer_types": MIXED,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 96,
+    },  # heads of two sizes, keys and values of earlier layers, embeddings of the tokens in every layer
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 20,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+    },  # the last third of the dimensions rotated, neighbours, values larger than keys
+    "nanochat": {},  # rotated backwards; capped logits
 }
 
 FACTORS = {"cohere2": 16.0, "granite": 3.0}
@@ -88,6 +113,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return get
 
 
+@pytest.fixture(scope="module")
+def taken_over(made: Made) -> Callable[[str], Foreign]:
+    return cache(lambda kind: load_foreign(made(kind)[1])[0])
+
+
 def ids_for(length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(3, 96, length)
 
@@ -95,13 +125,13 @@ def ids_for(length: int, seed: int = 0) -> np.ndarray:
 @torch.no_grad()
 def own_nll(theirs: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
     logits = theirs(input_ids=torch.from_numpy(ids)[None]).logits[0, :-1]
-    return F.cross_entropy(logits, torch.from_numpy(ids[1:]), reduction="none").numpy()
+    return F.cross_entropy(logits.float(), torch.from_numpy(ids[1:]), reduction="none").numpy()
 
 
 @pytest.mark.parametrize("kind", list(MODELS))
-def test_parity_with_transformers(kind: str, made: Made) -> None:
-    theirs, folder = made(kind)
-    ours, ids = load_foreign(folder)[0], ids_for(60)
+def test_parity_with_transformers(kind: str, made: Made, taken_over) -> None:
+    theirs, _ = made(kind)
+    ours, ids = taken_over(kind), ids_for(60)
     want = own_nll(theirs, ids)
     assert want.std() > 0.5
     assert np.abs(dense_nll(ours, ids, block=17) - want).max() < 5e-5
@@ -110,8 +140,8 @@ def test_parity_with_transformers(kind: str, made: Made) -> None:
 
 @pytest.mark.parametrize("kind", list(MODELS))
 @pytest.mark.parametrize("positions", ["in-cache", "absolute"])
-def test_blocks_equal_the_token_loop(kind: str, positions, made: Made) -> None:
-    ours, ids, cache = load_foreign(made(kind)[1])[0], ids_for(40), Cache(2, 11)
+def test_blocks_equal_the_token_loop(kind: str, positions, taken_over) -> None:
+    ours, ids, cache = taken_over(kind), ids_for(40), Cache(2, 11)
     want = token_loop_nll(ours, ids, cache, positions=positions)
     for block in (7, 64):
         assert np.abs(stream_nll(ours, ids, cache, block=block, positions=positions) - want).max() < 1e-4, block
@@ -125,21 +155,25 @@ def test_blocks_equal_the_token_loop(kind: str, positions, made: Made) -> None:
         ("glm4", "absolute", lambda t, size: t),
         ("granite", "absolute", lambda t, size: t),
         ("phi", "absolute", lambda t, size: t),
+        ("deepseek_v3", "absolute", lambda t, size: t),
+        ("nanochat", "absolute", lambda t, size: t),
         ("opt", "absolute", lambda t, size: t),
         ("opt", "in-cache", lambda t, size: min(t, size)),
     ],
 )
-def test_streaming_equals_transformers_with_an_evicting_cache(kind: str, positions, place, made: Made) -> None:
-    theirs, folder = made(kind)
-    ours, ids, cache = load_foreign(folder)[0], ids_for(60), Cache(3, 10)
+def test_streaming_equals_transformers_with_an_evicting_cache(
+    kind: str, positions, place, made: Made, taken_over
+) -> None:
+    theirs, _ = made(kind)
+    ours, ids, cache = taken_over(kind), ids_for(60), Cache(3, 10)
     want = evicting_loop(theirs, ids, cache, place)
     assert np.abs(stream_nll(ours, ids, cache, positions=positions) - want).max() < 1e-4
     other = "absolute" if positions == "in-cache" else "in-cache"
     assert np.abs(stream_nll(ours, ids, cache, positions=other) - want).max() > 1e-3
 
 
-def test_what_is_found_out(made: Made) -> None:
-    specs = {kind: load_foreign(made(kind)[1])[0].config for kind in MODELS}
+def test_what_is_found_out(taken_over) -> None:
+    specs = {kind: taken_over(kind).config for kind in MODELS}
     turns = {kind: spec.turns for kind, spec in specs.items()}
     assert specs["gpt_oss"].windows == (9, None, 9, None)
     assert [kind for kind in MODELS if specs[kind].sink_logits] == ["gpt_oss"]
@@ -147,11 +181,13 @@ def test_what_is_found_out(made: Made) -> None:
     assert turns["gemma3_text"] == turns["gemma3_text"][:2] * 2
     assert len(set(turns["gemma3_text"])) == 2
     assert {kind: spec.head_dim for kind, spec in specs.items() if spec.head_dim != 8} == {
-        "gemma3_text": 32, "cohere2": 16,
+        "gemma3_text": 32, "cohere2": 16, "gemma4_text": 24, "deepseek_v3": 20,
     }  # fmt: skip
     assert [turn is None for turn in turns["cohere2"]] == [False, True] * 2
     assert [kind for kind in MODELS if turns[kind][0] and turns[kind][0].neighbours] == ["cohere2", "glm4"]
     assert (turns["glm4"][0].width, turns["stablelm"][0].width) == (4, 2)
+    assert (turns["deepseek_v3"][0].first, turns["deepseek_v3"][0].width) == (8, 4)
+    assert max(turns["nanochat"][0].rotary.frequencies) < 0
     assert specs["granite"].scales == (0.3,) * 4
     factors = {kind: spec.logit_factor for kind, spec in specs.items() if spec.logit_factor != 1.0}
     assert factors == {"cohere2": pytest.approx(0.0625), "granite": pytest.approx(1 / 3)}
@@ -166,6 +202,7 @@ def slower(turn: Turn) -> Turn:
 MUTATIONS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "other frequencies": ("olmo2", lambda s: {"ways": tuple(map(slower, s.ways))}),
     "one base for all": ("gemma3_text", lambda s: {"way_of": (0,) * 4}),
+    "the first dimensions": ("deepseek_v3", lambda s: {"ways": (replace(s.ways[0], first=0),)}),
     "halves for neighbours": ("glm4", lambda s: {"ways": (replace(s.ways[0], neighbours=False),)}),
     "a rotation for all": ("cohere2", lambda s: {"way_of": (0,) * 4}),
     "windows of other layers": ("cohere2", lambda s: {"windows": s.windows[::-1]}),
@@ -190,11 +227,26 @@ def test_mutations_show(mutation: str, made: Made) -> None:
     assert np.abs(dense_nll(wrong, ids) - own_nll(theirs, ids)).max() > 1e-3
 
 
-def test_a_learned_logit_is_the_column_that_can_be_left_out(made: Made) -> None:
-    ours, ids = load_foreign(made("gpt_oss")[1])[0], ids_for(40)
+def test_a_learned_logit_is_the_column_that_can_be_left_out(made: Made, taken_over) -> None:
+    ours, ids = taken_over("gpt_oss"), ids_for(40)
     kept, dropped = (stream_nll(ours, ids, Cache(0, 12), drop_column=drop) for drop in (False, True))
     assert np.abs(kept - dropped).max() > 1e-3
     assert load_model(made("gpt_oss")[1]).label == "sink_logit"
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("gpt_oss", torch.bfloat16), ("gpt_oss", torch.float16), ("gemma2", torch.bfloat16)]
+)
+def test_rounding_is_no_reason_to_refuse(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = save(build(kind, **MODELS[kind], num_hidden_layers=12).to(dtype), tmp_path / "m")
+    ours, exact, ids = load_foreign(folder)[0], load_foreign(folder, torch.float32)[0], ids_for(60)
+    plain, rounded = (
+        own_nll(AutoModelForCausalLM.from_pretrained(folder, dtype=d), ids) for d in (torch.float32, dtype)
+    )
+    assert np.abs(dense_nll(exact, ids) - plain).max() < 2e-4
+    assert np.median(np.abs(dense_nll(ours, ids) - plain)) < 0.02 + 2 * np.median(np.abs(rounded - plain))
 
 
 def test_weights_keep_their_dtype(made: Made, tmp_path: Path) -> None:
@@ -206,9 +258,9 @@ def test_weights_keep_their_dtype(made: Made, tmp_path: Path) -> None:
     assert {p.dtype for p in load_foreign(folder, torch.float32)[0].parameters()} == {torch.float32}
 
 
-def test_tokens_are_read_as_one_by_one(made: Made) -> None:
-    for kind in ("gpt_oss", "gemma3_text", "opt"):
-        ours, ids = load_foreign(made(kind)[1])[0], ids_for(40)
+def test_tokens_are_read_as_one_by_one(taken_over) -> None:
+    for kind in ("gpt_oss", "gemma4_text", "deepseek_v3", "opt"):
+        ours, ids = taken_over(kind), ids_for(40)
         engine = Engine(ours, Cache(2, 11))
         nll = [F.cross_entropy(engine.step(int(a))[None], torch.tensor([int(b)])) for a, b in pairwise(ids)]
         assert np.abs(torch.stack(nll).numpy() - token_loop_nll(ours, ids, Cache(2, 11))).max() < 1e-4
@@ -232,6 +284,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
         "original_max_position_embeddings": 64}}, "depends on the length"),
     "hunyuan_v1_dense": ({"head_dim": 8}, "rotates queries and keys in a way"),  # norms behind the rotation
+    "ministral3": ({"head_dim": 8, "sliding_window": None}, "depends on positions by other means"),  # beyond 16,384
+    "deepseek_v32": (MODELS["deepseek_v3"] | {"index_topk": 512, "index_head_dim": 8, "index_n_heads": 2},
+        "attention is given 'indices'"),
     "diffllama": ({}, "4 layers do not call .* but 8 times"),
     "lfm2": ({"layer_types": ["conv", "full_attention"] * 2}, "4 layers do not call .* but 2 times"),
     "mamba": ({}, "4 layers do not call .* but 0 times"),
@@ -247,13 +302,21 @@ def test_what_would_not_be_exact_is_refused(kind: str, tmp_path: Path) -> None:
         load_foreign(folder)
 
 
-def test_tokens_that_meet_outside_of_attention(made: Made, tmp_path: Path, monkeypatch) -> None:
-    from transformers.models.olmo2.modeling_olmo2 import Olmo2MLP
+@pytest.mark.parametrize("part", ["mlp", "self_attn.o_proj"])
+@pytest.mark.parametrize("mix", [lambda x: x.cumsum(1), lambda x: x.roll(1, 1)])
+def test_tokens_that_meet_outside_of_attention(part: str, mix, made: Made, monkeypatch) -> None:
+    """In the last layer alone: all those before, and only the one before, of what attention gives or of anything."""
+    from transformers.models.olmo2 import modeling_olmo2 as olmo2
 
-    plain = Olmo2MLP.forward
-    monkeypatch.setattr(Olmo2MLP, "forward", lambda self, x: plain(self, x) + x.cumsum(1))
+    folder, init = made("olmo2")[1], olmo2.Olmo2Model.__init__
+
+    def mixing(self, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        self.layers[-1].get_submodule(part).register_forward_hook(lambda _, __, out: out + mix(out))
+
+    monkeypatch.setattr(olmo2.Olmo2Model, "__init__", mixing)
     with pytest.raises(UserError, match="tokens meet by other means"):
-        load_foreign(made("olmo2")[1])
+        load_foreign(folder)
 
 
 def test_folders_that_do_not_fit(tmp_path: Path) -> None:
