@@ -29,7 +29,7 @@ PLAIN_TEXT = (".txt", ".md", ".rst", ".py")
 FORMATS = (".jsonl", ".json", ".parquet", *PLAIN_TEXT)
 COMPRESSIONS = (".gz", ".xz", ".zst")
 _BLOCK = 1 << 20  # characters or bytes read at once
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _HUB_PREFIX = "hub:"
 
 

@@ -526,6 +526,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         ({"source": []}, "no source given"),
         ({"source": [""]}, "no source given"),
         ({"source": ["no/such/file.txt"]}, r"source no/such/file\.txt matches no file"),
+        ({"source": ["../nowhere"]}, r"source \.\./nowhere matches no file"),
+        ({"source": ["./nowhere"]}, r"source \./nowhere matches no file"),
         ({"tokenizer": None}, "either --tokenizer or --train-tokenizer"),
         ({"train_tokenizer": "bpe:400"}, "and not both"),
         ({"tokenizer": None, "train_tokenizer": "bpe:100"}, "is not bpe:<number"),
