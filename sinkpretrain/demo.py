@@ -5,8 +5,11 @@ The text is what every Python carries, the sources and documentation of its stan
 
 from __future__ import annotations
 
+import contextlib
 import sysconfig
 import time
+import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,6 +73,14 @@ def standard_library() -> list[str]:
     ]
 
 
+@contextlib.contextmanager
+def _other_files_unsaid() -> Iterator[None]:
+    """Without a warning for each folder that also has files that are no text, as most of the standard library's do."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="files of other formats")
+        yield
+
+
 def demo(out: str = "demo", text: str = "", steps: int = 300, paper: bool = True) -> None:
     """Prepare text, train three small models, stream them; then stream models that were trained for long.
 
@@ -102,14 +113,11 @@ def demo(out: str = "demo", text: str = "", steps: int = 300, paper: bool = True
         console.print(f"tables: {comparison.out / 'comparison.md'}\n", highlight=False, soft_wrap=True)
 
     stage(1, f"text to tokens: {'your text' if text else 'the standard library of this Python'}")
-    manifest = prepare(
-        PrepareConfig(
-            source=sources,
-            out=folder / "data",
-            train_tokenizer="bpe:2048",
-            validation_fraction=HELD_OUT,
-        )
+    config = PrepareConfig(
+        source=sources, out=folder / "data", train_tokenizer="bpe:2048", validation_fraction=HELD_OUT
     )
+    with contextlib.nullcontext() if text else _other_files_unsaid():
+        manifest = prepare(config)
     console.print(describe(manifest), highlight=False, soft_wrap=True)
     _held_out(manifest)
 
@@ -152,7 +160,8 @@ def reproduce(models: Path, sources: list[str], out: Path, paper: bool = True) -
 
     # Without its sink tokens, which no text holds, the tokenizer is the same for all.
     tokenizer = str(models / "vanilla")
-    prepare(PrepareConfig(source=sources, out=out / "data", tokenizer=tokenizer, validation_fraction=HELD_OUT))
+    with _other_files_unsaid():  # of a text of one's own they were said when it was read for the small models
+        prepare(PrepareConfig(source=sources, out=out / "data", tokenizer=tokenizer, validation_fraction=HELD_OUT))
     folders = [models / name for name in TRAINED]
     results = _stream_each(folders, out / "data", CACHES, TRAINED_TOKENS, out / "results")
     return compare(results, out / "comparison", paper=paper)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,32 @@ def test_a_short_text_is_refused_before_anything_is_trained(tmp_path: Path, mode
     assert not (tmp_path / "out/runs").exists()
     with pytest.raises(UserError, match="tokens to evaluate on; give more text"):
         reproduce(models, [str(tmp_path / "*.txt")], tmp_path / "out2")
+
+
+def test_files_that_are_no_text_are_said_of_a_text_of_ones_own_alone_and_once(
+    text: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PreparedError(Exception):
+        """What comes behind the text does not matter here."""
+
+    def stop(*_: object) -> None:
+        raise PreparedError
+
+    source = tmp_path / "package"
+    shutil.copytree(text, source)
+    (source / "compiled.pyc").write_bytes(b"no text")
+    monkeypatch.setattr(module, "standard_library", lambda: [str(source)])
+    monkeypatch.setattr("sinkpretrain.train.train", stop)
+    monkeypatch.setattr(module, "_stream_each", stop)
+    for own, times in ("", 0), (str(source), 1):
+        out = tmp_path / f"out{times}"
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with pytest.raises(PreparedError):
+                demo(str(out), own)
+            with pytest.raises(PreparedError):
+                reproduce(models, [str(source)], out / "reproduction")
+        assert sum("compiled.pyc" in str(warning.message) for warning in said) == times
 
 
 def difference(mechanism: str, setting: str, low: float, high: float, against: str = "") -> dict[str, object]:
