@@ -9,6 +9,7 @@ from typing import Any, Literal
 from sinkpretrain import sinks
 from sinkpretrain.config import RunConfig, SinkConfig, load_yaml, recipe_path
 from sinkpretrain.exporters import FORMS, natural_form
+from sinkpretrain.hooks import check_hooks
 from sinkpretrain.model import without_weights
 
 
@@ -23,7 +24,7 @@ def list_mechanisms(
         mechanism: this one alone; module:Class for one of your own.
 
     Raises:
-        UserError: there is no such recipe or mechanism.
+        UserError: there is no such recipe or mechanism, or one of your own does not do what its hooks promise.
     """
     rows = catalogue(config, [mechanism] if mechanism else [])
     if format == "json":
@@ -41,6 +42,8 @@ def catalogue(config: str = "pythia-160m", names: Collection[str] = ()) -> list[
     for name in names or sinks.REGISTRY:
         sink = SinkConfig(name)
         cls = sinks.mechanism_class(sink)
+        if sink.from_outside:
+            check_hooks(sink, model)
         net = without_weights(model, sink)
         learned = [i for i in net.prefix_ids if i >= model.tokenizer_size]
         entries.append(

@@ -82,8 +82,13 @@ def _refuse(mechanism: Mechanism, hook: str, what: str) -> UserError:
 def _errors_named(mechanism: Mechanism, hook: str, when: str) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, TypeError) as error:
-        raise _refuse(mechanism, hook, f"fails {when} ({str(error).partition(chr(10))[0].rstrip('.')})") from error
+    except UserError:
+        raise
+    except Exception as error:
+        why = str(error).partition("\n")[0].rstrip(".")
+        if not isinstance(error, RuntimeError | TypeError):  # such as KeyError, whose text alone says nothing
+            why = f"{type(error).__name__}: {why}"
+        raise _refuse(mechanism, hook, f"fails {when} ({why})") from error
 
 
 def _same(got: Tensor, want: Tensor) -> bool:
@@ -91,7 +96,8 @@ def _same(got: Tensor, want: Tensor) -> bool:
 
 
 def _check_prefix(mechanism: Mechanism, model: ModelConfig) -> None:
-    ids = mechanism.prefix_ids(Vocabulary(model.tokenizer_size, model.vocab_size))
+    with _errors_named(mechanism, "prefix_ids", "when asked"):
+        ids = mechanism.prefix_ids(Vocabulary(model.tokenizer_size, model.vocab_size))
     if not isinstance(ids, tuple) or any(not 0 <= i < model.vocab_size for i in ids):
         raise _refuse(mechanism, "prefix_ids", f"gives {ids!r}, no tuple of ids from 0 to {model.vocab_size - 1}")
 
@@ -111,7 +117,8 @@ def _check_state(mechanism: Mechanism, sink: SinkConfig, model: ModelConfig) -> 
     for seed in (1, 2):
         torch.manual_seed(seed)
         other = sinks.build(sink, model)
-        other.init_weights(torch.Generator().manual_seed(0), 1.0)
+        with _errors_named(mechanism, "init_weights", "when a model is made"):
+            other.init_weights(torch.Generator().manual_seed(0), 1.0)
         drawn.append(other.state_dict())
     for name, tensor in drawn[0].items():
         if not torch.equal(tensor, drawn[1][name]):

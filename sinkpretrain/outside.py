@@ -13,6 +13,8 @@ import inspect
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -66,12 +68,31 @@ def _module(module: str, name: str) -> ModuleType:
                 f"there is no module {module}, which holds the sink mechanism {name}; put "
                 f"{module.replace('.', '/')}.py into the current directory, or the folder that it is in on PYTHONPATH."
             ) from error
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = "" if isinstance(error, SyntaxError) else f", {frame.filename} line {frame.lineno}"
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UserError(f"cannot import {module}, which holds the sink mechanism {name} ({why}{where}).") from error
+        why = _reason(error, traceback.extract_tb(error.__traceback__)[-1])
+        raise UserError(f"cannot import {module}, which holds the sink mechanism {name} ({why}).") from error
     finally:
         sys.path.remove("")  # the first one
+
+
+def _reason(error: BaseException, frame: traceback.FrameSummary) -> str:
+    where = "" if isinstance(error, SyntaxError) else f", {frame.filename} line {frame.lineno}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
+
+
+@contextmanager
+def errors_placed(cls: type[Mechanism], what: str) -> Iterator[None]:
+    """An error in the code of a mechanism of one's own as one sentence, with the line of that code where it arose."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        files = {inspect.getsourcefile(sys.modules[module]) for module in _sources(cls)}
+        own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+        if not own:  # of the package, or another that it calls: that is no mistake of theirs
+            raise
+        name = f"{cls.__module__}:{cls.__qualname__}"
+        raise UserError(f"the sink mechanism {name} {what} ({_reason(error, own[-1])}).") from error
 
 
 _READ: dict[type[Mechanism], dict[str, bytes]] = {}

@@ -12,6 +12,7 @@ that is not to be in the package is named ``module:Class`` (``sinkpretrain.outsi
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from sinkpretrain.mechanism import Mechanism as Mechanism
 from sinkpretrain.mechanism import Vocabulary as Vocabulary
 from sinkpretrain.mechanism import options as options
 from sinkpretrain.mechanism import register
-from sinkpretrain.outside import outside_class
+from sinkpretrain.outside import errors_placed, outside_class
 
 
 @register
@@ -435,7 +436,9 @@ def mechanism_class(config: SinkConfig) -> type[Mechanism]:
 
 def build(config: SinkConfig, model: ModelConfig) -> Mechanism:
     """One layer's mechanism; raises UserError for an unknown name or option."""
-    return mechanism_class(config)(model, **config.options)
+    cls = mechanism_class(config)
+    with errors_placed(cls, "cannot be made") if config.from_outside else nullcontext():
+        return cls(model, **config.options)
 
 
 def label(config: SinkConfig) -> str:

@@ -118,6 +118,17 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
         "by their order",
     ),
     "divides by all keys": ("weigh", lambda s, a, visible: softmax(a, visible) / a.shape[-1], "hidden keys"),
+    "a misspelt method": (
+        "column",
+        lambda s, q, seen: Column(seen.logg()),
+        r"fails .*\(AttributeError: 'Tensor' object has no attribute 'logg'\)",
+    ),
+    "ids of nothing": ("prefix_ids", lambda s, vocabulary: {}[0], r"fails when asked \(KeyError: 0\)"),
+    "weights of nothing": (
+        "init_weights",
+        lambda s, generator, std: s.nothing.zero_(),
+        r"fails when a model is made \(AttributeError: ",
+    ),
     "a list of ids": ("prefix_ids", lambda s, vocabulary: [3], "no tuple of ids"),
     "ids beyond the embedding": ("prefix_ids", lambda s, vocabulary: (vocabulary.padded_size,), r"gives \(128,\)"),
 }

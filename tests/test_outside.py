@@ -299,6 +299,15 @@ def test_list_shows_one(capsys) -> None:
     assert (row["mechanism"], row["parameters"], row["export"]) == ("my_sinks:LogCount", 144, "own")
 
 
+def test_list_says_what_is_wrong_with_one(here: Path, capsys) -> None:
+    hook = "    def values(self, x, v): return v * x.shape[1]"
+    (here / "wrong.py").write_text(
+        f"from sinkpretrain.mechanism import Mechanism\nclass Mine(Mechanism):\n{SAID}{hook}\n"
+    )
+    error = refusal(["list", "--mechanism", "wrong:Mine"], capsys)
+    assert "the hook values of said makes something else of a token" in error
+
+
 def test_an_experiment_looks_for_the_module_first(data: Path, here: Path) -> None:
     (here / "mine.yaml").write_text('sink: {mechanism: "my_sinks:LogCount"}\n')
     experiment = {"out": "e", "recipe": "demo", "variants": ["mine.yaml"], "settings": {"data.path": str(data)}}
@@ -359,6 +368,11 @@ WRONG = {
         "wrong:Mine",
         f"class Mine(Mechanism):\n{SAID}    def __init__(self): pass",
         "must take the model's configuration first",
+    ),
+    "cannot be made": (
+        "wrong:Mine",
+        f"class Mine(Mechanism):\n{SAID}    def __init__(self, model):\n        self.scale = scale",
+        r"wrong:Mine cannot be made \(NameError: name 'scale' is not defined, .*wrong\.py line 5\)",
     ),
     "two normalisations": (
         "wrong:Mine",
