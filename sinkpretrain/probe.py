@@ -137,20 +137,9 @@ def _taken_over(theirs: Any) -> Foreign:
     tables = _unrotate(base)
     theirs.set_attn_implementation(TRACED)
     calls, hidden = _trace(base, ids, here)
-    if len(calls) != n_layer:
-        raise UserError(
-            f"its {n_layer} layers do not call transformers' attention interface once each, but {len(calls)} times "
-            "(layers that are not attention, or do it by code of their own)."
-        )
-    if len({call.module for call in calls}) != n_layer:
-        raise UserError("it runs some of its layers more than once.")
+    _check_calls(calls, n_layer)
     if not isinstance(context, int):
         raise UserError("its config.json names no length of its context (max_position_embeddings).")
-    for name in (name for call in calls for name, value in call.options.items() if isinstance(value, Tensor)):
-        if name not in KNOWN:
-            raise UserError(f"its attention is given {name!r}, which is not known here.")
-    if any(call.q.shape[1] != calls[0].q.shape[1] for call in calls):
-        raise UserError("its layers differ in the number of their heads.")
     _check_alone(base, ids, here, calls, hidden)
     turns, learned = _positions(base, tables, ids, here, (calls, hidden), context)
 
@@ -183,23 +172,42 @@ def _taken_over(theirs: Any) -> Foreign:
     model = Foreign(theirs, _blocks(base, calls), spec, [s for s in sinks if s is not None]).eval()
     _check_attention(model, calls)
     theirs.set_attn_implementation("eager")
-    for table in tables:
-        table.on = True
-    attended: list[Tensor] = []
-
-    def kept(out: Tensor) -> Tensor:
-        attended.append(out)
-        return out
-
-    with _hooked(calls, kept):
-        base(input_ids=ids, position_ids=here, use_cache=False)
-    for table in tables:
-        table.on = False
+    with _rotating(tables):
+        attended = _attended(base, calls, ids, here)
     theirs.set_attn_implementation(INTERFACE)
     apart = _apart(model, calls, ids, attended, wanted)
     if apart > 1:
         raise UserError(f"what it attends to is {apart:.1f} times as far from transformers' own as rounding allows.")
     return model
+
+
+def _check_calls(calls: Sequence[Call], n_layer: int) -> None:
+    """Raises UserError unless each layer attends once, with the same number of heads and nothing unknown."""
+    if len(calls) != n_layer:
+        raise UserError(
+            f"its {n_layer} layers do not call transformers' attention interface once each, but {len(calls)} times "
+            "(layers that are not attention, or do it by code of their own)."
+        )
+    if len({call.module for call in calls}) != n_layer:
+        raise UserError("it runs some of its layers more than once.")
+    for name in (name for call in calls for name, value in call.options.items() if isinstance(value, Tensor)):
+        if name not in KNOWN:
+            raise UserError(f"its attention is given {name!r}, which is not known here.")
+    if any(call.q.shape[1] != calls[0].q.shape[1] for call in calls):
+        raise UserError("its layers differ in the number of their heads.")
+
+
+def _attended(base: nn.Module, calls: Sequence[Call], ids: Tensor, here: Tensor) -> list[Tensor]:
+    """What comes out of each layer's attention in the model's own forward."""
+    found: list[Tensor] = []
+
+    def kept(out: Tensor) -> Tensor:
+        found.append(out)
+        return out
+
+    with _hooked(calls, kept):
+        base(input_ids=ids, position_ids=here, use_cache=False)
+    return found
 
 
 def _apart(model: Foreign, calls: Sequence[Call], ids: Tensor, attended: list[Tensor], wanted: Tensor) -> float:
@@ -267,11 +275,8 @@ def _positions(
     learned = not _same(at_here, moved)
     turns: list[Turn | None] | None = None
     for positions, plain in ((there, moved), (here, at_here)):
-        for table in tables:
-            table.on = True
-        rotated = _trace(base, ids, positions)
-        for table in tables:
-            table.on = False
+        with _rotating(tables):
+            rotated = _trace(base, ids, positions)
         if not _same(plain, rotated, but=("q", "k")):
             raise UserError("it rotates more than queries and keys.")
         found = [_turn(a, b, positions[0], ways) for a, b in zip(plain[0], rotated[0], strict=True)]
@@ -371,6 +376,18 @@ def _trace(base: nn.Module, ids: Tensor, positions: Tensor) -> tuple[list[Call],
 def _unrotate(base: nn.Module) -> list[Unrotated]:
     """The rotary embeddings of a model, from now on switched off."""
     return [Unrotated(module) for module in base.modules() if type(module).__name__.endswith("RotaryEmbedding")]
+
+
+@contextmanager
+def _rotating(tables: Sequence[Unrotated]) -> Iterator[None]:
+    """The rotary embeddings switched on."""
+    for table in tables:
+        table.on = True
+    try:
+        yield
+    finally:
+        for table in tables:
+            table.on = False
 
 
 def _ways(tables: Sequence[Unrotated]) -> list[Rotary]:
