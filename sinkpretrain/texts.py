@@ -55,8 +55,12 @@ class TextCodec:
         return ids[:-1] if len(ids) > 1 and ids[-1] in self.end_ids else ids
 
     def opening(self) -> list[int]:
-        """What the tokenizer puts in front of every text (as Llama's does), the model's own prefix left out."""
-        return [i for i in self.tokenizer.encode("").ids if i not in (*self._prefix, *self.end_ids)]
+        """What the tokenizer puts in front of every text (as Llama's and OPT's do), the model's own prefix left out."""
+        whole: list[int] = self.tokenizer.encode("a").ids
+        plain = self.more("a")
+        fronts = (whole[:n] for n in range(len(whole)) if whole[n : n + len(plain)] == plain)
+        front: list[int] = next(fronts, [])
+        return front[len(self._prefix) :] if front[: len(self._prefix)] == self._prefix else front
 
     def more(self, text: str) -> list[int]:
         """Ids of text inside a stream."""

@@ -222,6 +222,10 @@ def test_the_prefix_is_not_read_twice(run: Path, tmp_path: Path) -> None:
     plain = TextCodec(str(run)).first("once upon")
     assert TextCodec(str(tmp_path), (300,)).first("once upon") == plain
     assert TextCodec(str(tmp_path), ()).first("once upon") == [300, *plain]
+    assert (TextCodec(str(run)).opening(), TextCodec(str(tmp_path), (300,)).opening()) == ([], [])
+    codec = TextCodec(str(tmp_path))
+    for codec.end_ids in ((), (300,)):  # of OPT, what begins a text ends it too
+        assert codec.opening() == [300]
 
 
 # --- conversations --------------------------------------------------------------------------------------------------
