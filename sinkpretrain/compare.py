@@ -99,7 +99,7 @@ def _records(found: Found, groups: list[Group], settings: list[str]) -> dict[str
         "table3": numbers.perplexities(found.results, settings),
         "differences": [*numbers.own_differences(groups), *numbers.vanilla_differences(groups)],
         "training": [numbers.training(run) for run in found.runs],
-        "training_differences": numbers.training_differences(found.runs),
+        "training_differences": [numbers.training_difference(pair) for pair in numbers.same_batches(found.runs)],
         "streaming_speed": numbers.streaming_speed(found.results),
         "sinks": numbers.inspected(found.inspections),
         "sinks_logged": numbers.logged_sinks(found.runs),

@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkpretrain import sinks
-from sinkpretrain.attention import angle_tables, causal_attention, rotate, spread_heads, visible_keys, weighed_attention
+from sinkpretrain.attention import angle_tables, rotate, spread_heads, visible_keys
 from sinkpretrain.config import ModelConfig, SinkConfig
 from sinkpretrain.decoder import Rotary
 from sinkpretrain.errors import UserError
 from sinkpretrain.language import Attend
+from sinkpretrain.model import Causal
 
 INTERFACE, TRACED = "sinkpretrain", "sinkpretrain-traced"
 """The names under which transformers knows the attention that is taken over: without masks, and with their rules."""
@@ -220,7 +221,7 @@ class Foreign(nn.Module):
     def turned(self, layer: int, x_BHTE: Tensor) -> Tensor:
         """Queries or keys of positions 0, 1, ... rotated as the layer does it, dimensions in the order of its own."""
         places = dimensions(self.config.turns, layer, x_BHTE.shape[-1])
-        x_BHTD = x_BHTE.new_zeros(*x_BHTE.shape[:-1], self.config.head_dim).index_copy_(-1, places, x_BHTE)
+        x_BHTD = at_places(x_BHTE, places, self.config.head_dim)
         return rotate(x_BHTD, *self.rope(torch.arange(x_BHTE.shape[2])))[..., places]
 
     def _placed(self, x_BHTE: Tensor, layer: int) -> Tensor:
@@ -230,27 +231,23 @@ class Foreign(nn.Module):
         # One way to rotate, halves paired: most models.
         if D == E and not any(way.neighbours or way.first for way in self.config.ways):
             return x_BHTE
-        return x_BHTE.new_zeros(*x_BHTE.shape[:-1], D).index_copy_(-1, places, x_BHTE)
+        return at_places(x_BHTE, places, D)
 
     def causal(self, length: int, device: torch.device) -> Attend:
         """Causal attention over positions 0 .. length - 1, within each layer's window."""
         places = torch.arange(length, device=device)
-        cos, sin = self.rope(places)
-        masks: dict[int | None, Tensor] = {
-            window: visible_keys(places[:, None], places, window)
+        tables = torch.stack(self.rope(places))
+        within = {
+            window: Causal(
+                tables,
+                None if window is None or window >= length else visible_keys(places[:, None], places, window),
+            )
             for window in set(self.windows)
-            if window is not None and window < length
         }
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sink: sinks.Mechanism) -> Tensor:
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             k, v = spread_heads(k, q.shape[1]), spread_heads(v, q.shape[1])
-            visible = masks.get(self.windows[layer])
-            if sink.weigher is not None:
-                return weighed_attention(q, k, v, sink.weigher, visible)
-            if visible is None:
-                return causal_attention(q, k, v, sink.column(q, places + 1))
-            return causal_attention(q, k, v, sink.column(q, visible.sum(-1)), visible)
+            return within[self.windows[layer]](layer, q, k, v, sink)
 
         return attend
 
@@ -296,6 +293,11 @@ def head_dim(turns: Sequence[Turn | None], widths: Sequence[int]) -> int:
     """
     rotated = sum(way.width for way in set(turns) if way is not None)
     return rotated + max(E - (0 if way is None else way.width) for way, E in zip(turns, widths, strict=True))
+
+
+def at_places(x_BHTE: Tensor, places_E: Tensor, size: int) -> Tensor:
+    """A head's dimensions at these places among so many, [B, H, T, size]; zeros elsewhere."""
+    return x_BHTE.new_zeros(*x_BHTE.shape[:-1], size).index_copy_(-1, places_E, x_BHTE)
 
 
 def dimensions(turns: Sequence[Turn | None], layer: int, width: int) -> Tensor:

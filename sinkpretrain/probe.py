@@ -31,6 +31,7 @@ from sinkpretrain.foreign import (
     ForeignSpec,
     Turn,
     Unrotated,
+    at_places,
     capped,
     dimensions,
     head_dim,
@@ -417,21 +418,18 @@ def _turn(plain: Call, turned: Call, positions: Tensor, ways: Sequence[Rotary]) 
     for turn in (Turn(way, neighbours, first) for way in (*ways, *backwards) for neighbours in (False, True)):
         if first + turn.width > plain.q.shape[-1]:
             continue
-        places = dimensions([turn], 0, plain.q.shape[-1])
+        width = plain.q.shape[-1]
+        places = dimensions([turn], 0, width)
         tables = angle_tables(positions, torch.tensor(turn.rotary.frequencies))
         cos, sin = (table * turn.rotary.factor for table in tables)
         found[turn] = max(
-            distance(rotate(_at(places, a), cos, sin), _at(places, b), worst=True)
+            distance(rotate(at_places(a, places, width), cos, sin), at_places(b, places, width), worst=True)
             for a, b in ((plain.q, turned.q), (plain.k, turned.k))
         )
     best = min(found, key=lambda turn: found[turn], default=None)
     if best is None or found[best] > 1:
         raise UserError("it rotates queries and keys in a way that is not known here.")
     return best
-
-
-def _at(places: Tensor, x: Tensor) -> Tensor:
-    return torch.zeros_like(x).index_copy_(-1, places, x)
 
 
 def _window(rule: Any) -> int | None:

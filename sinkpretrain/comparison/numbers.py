@@ -347,26 +347,21 @@ def _losses(run: Run) -> dict[int, tuple[int, float]]:
     return {line["step"]: (line.get("tokens", 0), line["loss"]) for line in lines}
 
 
-def training_differences(runs: list[Run]) -> list[Record]:
+def training_difference(pair: SameBatches) -> Record:
     """Over the last fifth of the steps that two runs share: nats, with the 95 % interval over blocks of steps."""
-    records = []
-    for pair in same_batches(runs):
-        last = pair.nats[-max(1, len(pair.nats) // LAST) :]
-        nats, low, high = paired_difference(last, np.zeros_like(last))
-        records.append(
-            {
-                "name": pair.run.name,
-                "mechanism": pair.run.mechanism,
-                "seed": pair.run.config.training.seed,
-                "against": pair.base.name,
-                "first_step": int(pair.steps[-len(last)]),
-                "last_step": int(pair.steps[-1]),
-                "nats": nats,
-                "low": low,
-                "high": high,
-            }
-        )
-    return records
+    last = pair.nats[-max(1, len(pair.nats) // LAST) :]
+    nats, low, high = paired_difference(last, np.zeros_like(last))
+    return {
+        "name": pair.run.name,
+        "mechanism": pair.run.mechanism,
+        "seed": pair.run.config.training.seed,
+        "against": pair.base.name,
+        "first_step": int(pair.steps[-len(last)]),
+        "last_step": int(pair.steps[-1]),
+        "nats": nats,
+        "low": low,
+        "high": high,
+    }
 
 
 def streaming_speed(results: list[Result]) -> list[Record]:

@@ -243,8 +243,8 @@ def training(found: Found) -> Section:
 
 def same_batches(runs: list[Run]) -> list[Block]:
     """Training losses against vanilla's, where both saw the same batches: what differs by little can then be seen."""
-    records, pairs = numbers.training_differences(runs), numbers.same_batches(runs)
-    if not records:
+    pairs = numbers.same_batches(runs)
+    if not pairs:
         return []
     body = [
         [
@@ -254,7 +254,7 @@ def same_batches(runs: list[Run]) -> list[Block]:
             f"{r['nats']:+.4f}",
             nats(r["low"], r["high"]),
         ]
-        for r in records
+        for r in map(numbers.training_difference, pairs)
     ]
     names = {id(run): name for name, run in numbers.runs_by_seed(runs)}
     curves = [(names[id(pair.run)], pair.steps, pair.nats) for pair in pairs]
