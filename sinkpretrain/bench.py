@@ -30,7 +30,7 @@ from sinkpretrain.profiling import profile
 from sinkpretrain.provenance import provenance
 from sinkpretrain.timing import FLUSH, bare_step, device, figure, matmul_rate, seconds_per_step, start_clean
 from sinkpretrain.tokens import TokenWriter
-from sinkpretrain.train import resolve, train
+from sinkpretrain.train import resolve, train_whole
 
 SYNTHETIC_TOKENS = 20_000_000
 SYNTHETIC_IDS = 2048
@@ -178,7 +178,7 @@ def ours(config: RunConfig) -> dict[str, Any]:
     start_clean()
     started = time.perf_counter()
     with watching() as (flushes, waits):
-        train(config)
+        train_whole(config)
     rates = steady_rates(config, config.training.steps)
     tokens = config.data.batch_size * config.model.context
     seconds = tokens / statistics.median(rates)

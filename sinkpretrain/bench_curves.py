@@ -22,7 +22,7 @@ from sinkpretrain.errors import UserError
 from sinkpretrain.files import write_json
 from sinkpretrain.provenance import provenance
 from sinkpretrain.timing import device, start_clean
-from sinkpretrain.train import train
+from sinkpretrain.train import train_whole
 
 WINDOW = 20
 """Steps whose mean losses are compared."""
@@ -98,7 +98,7 @@ def compare_paths(base: RunConfig, tolerance: float) -> dict[str, Any]:
         for number, (name, settings) in enumerate(paths.items()):
             start_clean()
             run = Path(folder) / str(number)
-            train(
+            train_whole(
                 dataclasses.replace(
                     base, out=str(run), name=name, training=dataclasses.replace(base.training, **settings)
                 )

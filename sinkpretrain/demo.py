@@ -96,7 +96,7 @@ def demo(out: str = "demo", text: str = "", steps: int = 300, paper: bool = True
 
     from data_prep.prepare import PrepareConfig, describe, prepare
     from sinkpretrain.compare import compare, print_table
-    from sinkpretrain.train import train
+    from sinkpretrain.train import train_whole
 
     if steps < 1:
         raise UserError(f"--steps must be at least 1, not {steps}.")
@@ -125,9 +125,7 @@ def demo(out: str = "demo", text: str = "", steps: int = 300, paper: bool = True
     runs = []
     for sink in SINKS:
         run = folder / "runs" / sink
-        result = train(recipe(sink, folder / "data", run, steps))
-        if not result.finished:
-            raise KeyboardInterrupt
+        train_whole(recipe(sink, folder / "data", run, steps))
         runs.append(run)
 
     stage(3, "streaming over text that none of them has seen")

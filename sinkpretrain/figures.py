@@ -176,7 +176,7 @@ def _position_figure(
         axis.set_title(f"cache {panel}" if "+" in panel else panel)
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(numticks=4 if small else None))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _count(v)))
         axis.xaxis.set_minor_formatter(NullFormatter())
         tidy(axis)
         row, column = place
@@ -262,7 +262,7 @@ def settings_figure(
         if logarithmic:
             axis.set_xscale("log")
             axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _count(v)))
         axis.set_xlabel(label)
         for size in sizes:
             if size < last:
@@ -338,6 +338,14 @@ def _signed(value: float) -> str:
 
 def _tick(value: float) -> str:
     return f"{value:,.0f}" if value < 1e6 else f"{value:.0e}"
+
+
+def _count(value: float) -> str:
+    """A number of tokens, short enough for the axes of neighbouring panels."""
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= max(unit, 1e4):
+            return f"{value / unit:g}{letter}"
+    return f"{value:,.0f}"
 
 
 @styled

@@ -157,6 +157,18 @@ def _train(config: RunConfig, allow_changes: bool, stop: StopRequest) -> TrainRe
         return _leave(run, config, module, trainer)
 
 
+def train_whole(config: RunConfig) -> TrainResult:
+    """As ``train``, for a caller to whom half a run is none.
+
+    Raises:
+        KeyboardInterrupt: a signal ended the run before its last step.
+    """
+    result = train(config)
+    if not result.finished:
+        raise KeyboardInterrupt
+    return result
+
+
 @contextlib.contextmanager
 def _left_at_once(run: Path) -> Iterator[None]:
     """A second Ctrl-C, which Lightning turns into an exit without a word, says what a restart will go on from."""

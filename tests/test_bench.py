@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
 from sinkpretrain import bench as module
 from sinkpretrain.bench import bench, comparisons
+from sinkpretrain.bench_curves import compare_paths
 from sinkpretrain.errors import UserError
+from sinkpretrain.lit import PretrainModule
 from sinkpretrain.profiling import kernel_class
 
 
@@ -41,6 +44,32 @@ def test_figures_of_the_trainer_a_bare_loop_and_a_peer(tmp_path: Path, capsys) -
         "cost of zero-sink over vanilla",
     }
     assert "ours over hf" in capsys.readouterr().out
+
+
+def stop_at_step_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = PretrainModule.training_step
+
+    def stopped(self: PretrainModule, *given: object) -> object:
+        if self.global_step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *given)
+
+    monkeypatch.setattr(PretrainModule, "training_step", stopped)
+
+
+def test_ctrl_c_ends_a_measurement_of_the_trainer(tmp_path: Path, monkeypatch) -> None:
+    """The trainer finishes its step and returns; half a run has no rate."""
+    stop_at_step_3(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        bench(str(tmp_path / "b.json"), model="demo", micro_batch=1, steps=50, compile=False, suite=True)
+
+
+def test_ctrl_c_ends_a_comparison_of_curves(tmp_path: Path, monkeypatch) -> None:
+    """And does not have half a curve said to differ from the others."""
+    base = module.Setting(tmp_path, 0, 1, 50, False, False).config("demo", "vanilla")
+    stop_at_step_3(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        compare_paths(base, 0.01)
 
 
 def test_the_suite_goes_on_without_what_is_missing(tmp_path: Path, monkeypatch) -> None:

@@ -252,6 +252,25 @@ def test_figures_show_something(table3: list[Path], tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "loss.png").exists()
 
 
+def test_labels_of_many_panels_do_not_touch() -> None:
+    losses = np.random.default_rng(0).normal(3, 0.1, 1_000_000).astype(np.float32)
+    settings = [f"{x}+{size - x}" for size in (512, 1024) for x in (0, 1, 2, 4, 8)]
+    figure = figures.change_figure(
+        [("vanilla", dict.fromkeys(settings, losses))], settings, dict.fromkeys(settings, losses)
+    )
+    figure.draw_without_rendering()
+    bottom = [axis for axis in figure.axes if axis.get_xlabel()]
+    inside = []
+    for axis in bottom:
+        low, high = axis.get_xlim()
+        for place, text in zip(axis.get_xticks(), axis.get_xticklabels(), strict=True):
+            if low <= place <= high:
+                box = text.get_window_extent()
+                inside.append((box.x0, box.x1))
+    assert len(inside) >= 2 * len(bottom)
+    assert all(left[1] < right[0] for left, right in itertools.pairwise(inside))
+
+
 def test_running_perplexity() -> None:
     x, y = running_perplexity(np.full(1000, np.log(7.0), dtype=np.float32))
     assert x[-1] == 1000
