@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sinkpretrain import outside
 from sinkpretrain.errors import UserError
-from sinkpretrain.files import read_json, write_atomically, write_json
+from sinkpretrain.files import disk_faults, read_json, write_atomically, write_json
 from sinkpretrain.load import NewerVersionError, numbered, read_checkpoint, step_of
 
 POINTER = "newest.json"
@@ -98,11 +98,15 @@ class BackgroundWriter:
     def _do(self, path: Path | None, write: Callable[[], None]) -> None:
         started = time.perf_counter()
         try:
-            write()
-            if path is not None:
+            if path is None:
+                write()
+                return
+            with disk_faults(path):
+                path.parent.mkdir(exist_ok=True)  # not its parents: a moved run does not begin anew in its old place
+                write()
                 written = Written(path, path.stat().st_size, time.perf_counter() - started)
-                with self._lock:
-                    self._written.append(written)
+            with self._lock:
+                self._written.append(written)
         except BaseException as error:
             self._error = error
 
@@ -148,7 +152,11 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     def write(temporary: Path) -> None:
         torch.save(checkpoint, temporary)
         _leave_cache(temporary)
-        verify(temporary)
+        try:
+            verify(temporary)
+        except UserError as error:
+            temporary.stat()  # raises where the run was moved meanwhile: then it is not damaged
+            raise error
 
     write_atomically(path, write)
     write_json(path.parent / POINTER, {"file": path.name, "step": step_of(path), "bytes": path.stat().st_size})

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from sinkpretrain import load
+from sinkpretrain import checkpoint as checkpoint_module
+from sinkpretrain import files, load
 from sinkpretrain.checkpoint import (
     AtomicCheckpointIO,
     BackgroundWriter,
@@ -155,6 +156,40 @@ def test_leftovers_of_a_killed_process_are_cleared(run: Path) -> None:
 # --- beside the training ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "moment", ["before", "_leave_cache", "verify", "read_checkpoint", "sync_folder", "put in place"]
+)
+def test_a_run_moved_while_a_checkpoint_is_written(moment: str, tmp_path: Path, monkeypatch) -> None:
+    """Told as that, not as a damaged file or a traceback; and nothing is made in the old place."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+
+    def move() -> None:
+        if run.exists():
+            run.rename(tmp_path / "moved")
+
+    if moment == "before":
+        move()
+    else:
+        where = files if moment == "sync_folder" else checkpoint_module
+        name = "write_atomically" if moment == "put in place" else moment
+        real = getattr(where, name)
+
+        def moved(*given: Any, **how: Any) -> Any:
+            if name == moment:
+                move()
+            result = real(*given, **how)
+            move()
+            return result
+
+        monkeypatch.setattr(where, name, moved)
+    writer, path = BackgroundWriter(), checkpoint_path(run, 4)
+    writer.submit(path, lambda: write_checkpoint(content(), path))
+    with pytest.raises(UserError, match=r"its folder was moved or deleted meanwhile; put it back"):
+        writer.finish()
+    assert not run.exists()
+
+
 def test_writing_happens_elsewhere_in_order(tmp_path: Path) -> None:
     writer, gate, seen = BackgroundWriter(), threading.Event(), []
 
@@ -181,7 +216,7 @@ def test_an_error_is_raised_later_and_nothing_after_it_is_written(tmp_path: Path
 
     writer.submit(tmp_path / "a", fail)
     writer.submit(tmp_path / "b", lambda: (tmp_path / "b").write_text("b"))
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="the disk is full"):
         writer.finish()
     assert not (tmp_path / "b").exists()
     writer.submit(tmp_path / "c", lambda: (tmp_path / "c").write_text("c"))
