@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
+from unittest import mock
 
 import zstandard
 
@@ -181,6 +182,7 @@ class HubUnit:
     name: str
     column: str
     options: HubOptions
+    offline: bool = False  # the Hub is out of reach: what the cache has of it is read
     n_bytes: int = 0
 
     def documents(self, skip: int = 0) -> Iterator[Document]:
@@ -188,13 +190,14 @@ class HubUnit:
 
         options = self.options
         try:
-            data = datasets.load_dataset(
-                self.name,
-                options.subset,
-                split=options.split,
-                revision=options.revision,
-                streaming=options.streaming,
-            )
+            with _asking_the_hub(not self.offline):
+                data = datasets.load_dataset(
+                    self.name,
+                    options.subset,
+                    split=options.split,
+                    revision=options.revision,
+                    streaming=options.streaming,
+                )
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
@@ -232,7 +235,7 @@ def _file_source(source: str, files: list[tuple[str, Path]], column: str) -> Sou
 
 def _hub_source(name: str, column: str, hub: HubOptions) -> Source:
     # The commit is pinned, so that a restart after an update of the data set continues with the same rows.
-    revision = None if Path(name).exists() else _hub_commit(name, hub.revision)
+    revision, reached = (None, True) if Path(name).exists() else _hub_commit(name, hub)
     hub = HubOptions(hub.split, hub.subset, revision or hub.revision, hub.streaming)
     description = {
         "kind": "data set",
@@ -241,17 +244,63 @@ def _hub_source(name: str, column: str, hub: HubOptions) -> Source:
         "split": hub.split,
         "fingerprint": hub.revision,
     }
-    return Source([HubUnit(name, column, hub)], description)
+    return Source([HubUnit(name, column, hub, offline=not reached)], description)
 
 
-def _hub_commit(name: str, revision: str | None) -> str | None:
-    """Commit behind a revision of a Hub data set; None where the Hub cannot be asked."""
-    import huggingface_hub
+def _hub_commit(name: str, hub: HubOptions) -> tuple[str | None, bool]:
+    """Commit behind a revision of a Hub data set, None where the Hub does not tell; and whether the Hub was reached.
+
+    Asked once, before anything is read: `load_dataset` asks a Hub that is out of reach again and again, and only
+    when the sources in front have been read.
+
+    Raises:
+        UserError: the Hub has no such data set, or is out of reach and the data set is not in the cache.
+    """
+    from huggingface_hub import HfApi, errors
+
+    nothing = f"source {name}: there is no file or folder of that name"
+    try:
+        return HfApi().dataset_info(name, revision=hub.revision, timeout=10).sha, True
+    except errors.GatedRepoError:
+        return None, True  # load_dataset says how to get in
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise UserError(
+            f"{nothing}, and the Hub has no such data set (or does not show it without a login): check the name."
+        ) from error
+    except errors.HfHubHTTPError:
+        return None, True  # no such revision, or a fault of the Hub's: load_dataset says which
+    except Exception as error:  # out of reach, by whatever name the network's library calls that
+        if not _is_cached(name, hub):
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{nothing}, and the Hub cannot be asked for a data set of that name ({reason}): "
+                "check the name, or the network."
+            ) from error
+        return None, False
+
+
+def _is_cached(name: str, hub: HubOptions) -> bool:
+    """Whether a data set, or another subset of it, was loaded on this machine before."""
+    import datasets
 
     try:
-        return huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=10).sha
-    except Exception:  # offline use of a cached data set is fine; a wrong name is reported by load_dataset
-        return None
+        with _asking_the_hub(False):
+            datasets.load_dataset_builder(name, hub.subset, revision=hub.revision)
+    except OSError:
+        return False
+    except ValueError:  # of another subset: load_dataset lists those that are there
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def _asking_the_hub(allowed: bool) -> Iterator[None]:
+    """Within, `datasets` does not ask the Hub, unless allowed (or, where the user said so, not even then)."""
+    import datasets
+
+    offline = datasets.config.HF_HUB_OFFLINE
+    with mock.patch.object(datasets.config, "HF_HUB_OFFLINE", offline or not allowed):
+        yield
 
 
 def _find_files(source: str) -> list[tuple[str, Path]]:

@@ -9,8 +9,10 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -488,6 +490,82 @@ def test_hub_data_set(
     with pytest.raises(UserError, match="split test\\) cannot be loaded"):
         prepare(configure(source, out="b", split="test", **options))
     assert not (tmp_path / "b").exists()
+
+
+@pytest.fixture
+def hub_requests(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What was asked of a Hub that has no data set."""
+    import datasets
+    import huggingface_hub
+
+    asked: list[str] = []
+
+    class Empty(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if "datasets" in self.path:
+                asked.append(self.path)
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Empty) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        place = f"http://127.0.0.1:{server.server_port}"
+        for settings_, name in ((huggingface_hub.constants, "ENDPOINT"), (datasets.config, "HF_ENDPOINT")):
+            monkeypatch.setattr(settings_, name, place)
+        yield asked
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("name", ["typo", "owner/typo"])
+def test_a_name_that_is_neither_here_nor_on_the_hub(
+    corpus: Path, configure: Callable[..., PrepareConfig], hub_requests: list[str], name: str
+) -> None:
+    config = configure(corpus, name)  # the file in front must not be encoded first
+    with pytest.raises(UserError, match=f"^source {name}: there is no file or folder .* the Hub has no such data set"):
+        prepare(config)
+    assert hub_requests == [f"/api/datasets/{name}"]
+    assert not config.out.exists()
+
+
+def test_a_hub_out_of_reach_is_asked_once(
+    tmp_path: Path, configure: Callable[..., PrepareConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was loaded before is read from the cache."""
+    import datasets
+    import huggingface_hub
+
+    asked = []
+
+    def refuse(_: Any, name: str, **__: Any) -> None:
+        asked.append(name)
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
+    monkeypatch.setattr(huggingface_hub.HfApi, "hf_hub_download", lambda *_, **__: pytest.fail("asked again"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    with pytest.raises(
+        UserError, match=r"no file .* Hub cannot be asked .*\(Name or service not known\): check the name"
+    ):
+        prepare(configure("typo"))
+    assert asked == ["typo"]
+    texts = make_texts(30, seed=12)
+    loaded = datasets.load_dataset("json", data_files=str(write_jsonl(tmp_path / "a.jsonl", texts)), split="train")
+    made = Path(loaded.cache_files[0]["filename"])
+    (tmp_path / "cache" / "owner___name" / "default" / "0.0.0").mkdir(parents=True)
+    kept = made.parent.rename(tmp_path / "cache" / "owner___name" / "default" / "0.0.0" / "abc")
+    (kept / made.name).rename(kept / made.name.replace("json", "name"))
+    assert read("owner/name") == texts
+    with pytest.raises(UserError, match=r"subset other, split train\) cannot be loaded"):
+        prepare(configure("owner/name", subset="other"))
 
 
 @pytest.mark.parametrize(
