@@ -21,7 +21,7 @@ from typing import Any
 
 from data_prep.batches import group, read_parts
 from data_prep.pool import available_cores, encode_batches
-from data_prep.shards import SPLITS, TRAIN, VALIDATION, Shard, ShardRecord, complete_shards, merge
+from data_prep.shards import SPLITS, TRAIN, VALIDATION, Shard, ShardRecord, complete_shards, drop_shards, merge
 from data_prep.sources import FileUnit, HubOptions, Source, Unit, resolve
 from data_prep.tokenizer import (
     TokenizerFile,
@@ -42,6 +42,7 @@ from sinkpretrain.tokens import (
 TRAINING_CHARACTERS = 50_000_000  # sample that a tokenizer is trained on
 _LOCK = "lock"
 _RECORD = "prepare.json"
+_MARKS = "units"  # in the record, beside the settings
 
 
 @dataclass
@@ -127,7 +128,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     shards.mkdir(parents=True, exist_ok=True)
     with _locked(shards):
         try:
-            _open_record(shards, settings, config.overwrite)
+            _open_record(config, sources, shards, settings)
             tokenizer = given or _trained_tokenizer(config, sources, shards)
             manifest = _write(config, sources, tokenizer, shards, settings)
             shutil.rmtree(shards)
@@ -267,25 +268,51 @@ def _shown(value: Any) -> str:
 def _other_settings(out: Path, difference: str) -> UserError:
     return UserError(
         f"{out} was prepared with another {difference}: choose another --out, or restore the setting; "
-        "prepare --overwrite starts afresh."
+        "prepare --overwrite replaces it."
     )
 
 
-def _open_record(shards: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Note the settings in a new shards folder, or check that an interrupted run had the same."""
+def _open_record(
+    config: PrepareConfig, sources: list[tuple[str, Source]], shards: Path, settings: dict[str, Any]
+) -> None:
+    """Note the settings in a new shards folder, or check that an interrupted run had the same.
+
+    Source files may have changed since (one was repaired): what was made of those in front of them is kept. So it is
+    for another list of sources, but only if `overwrite` allows to lose the rest.
+    """
     path = shards / _RECORD
+    marks = [[role, *mark] for role, source in sources for mark in source.marks]
     if path.is_file():
-        difference = _difference(json.loads(path.read_text(encoding="utf-8")), settings)
+        before = json.loads(path.read_text(encoding="utf-8"))
+        difference = _difference(before, settings)
         if difference is None:
             return
-        if complete_shards(shards) and not overwrite:
+        records, old_marks = complete_shards(shards), before.get(_MARKS, [])
+        same = _common_length(old_marks, marks) if _differ_in_sources_alone(before, settings) else 0
+        kept = sum(record.after.unit < same and not record.finished for record in records)
+        kept = kept if kept and _same_tokenizer(config, sources, shards) else 0
+        named_the_same = [mark[:2] for mark in old_marks] == [mark[:2] for mark in marks]
+        if records and not config.overwrite and not (kept and named_the_same):
             raise _other_settings(shards.parent, difference)
-        for file in shards.iterdir():
-            if file.is_dir():
-                shutil.rmtree(file)
-            elif file.name != _LOCK:
-                file.unlink()
-    write_bytes(path, json.dumps(settings).encode())
+        if kept:
+            print("the sources have changed: what was made of those before the first change is kept", file=sys.stderr)
+            drop_shards(shards, kept)
+        else:
+            for file in shards.iterdir():
+                if file.is_dir():
+                    shutil.rmtree(file)
+                elif file.name != _LOCK:
+                    file.unlink()
+    write_bytes(path, json.dumps(settings | {_MARKS: marks}).encode())
+
+
+def _differ_in_sources_alone(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    return all(old.get(name) == new[name] for name in new if name not in ("source", "validation_source"))
+
+
+def _common_length(a: list[Any], b: list[Any]) -> int:
+    """How many of their first elements are the same."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @contextlib.contextmanager
@@ -302,11 +329,22 @@ def _locked(shards: Path) -> Iterator[None]:
 def _trained_tokenizer(config: PrepareConfig, sources: list[tuple[str, Source]], shards: Path) -> TokenizerFile:
     path = shards / TOKENIZER_NAME
     if not path.is_file():
-        assert config.train_tokenizer
-        units = [unit for role, source in sources if role == TRAIN for unit in source.units]
-        print(f"training a {config.train_tokenizer} tokenizer", file=sys.stderr)
-        write_bytes(path, train_tokenizer(config.train_tokenizer, _sample(units)).content)
+        write_bytes(path, _train_tokenizer(config, sources).content)
     return TokenizerFile(path.read_bytes())
+
+
+def _same_tokenizer(config: PrepareConfig, sources: list[tuple[str, Source]], shards: Path) -> bool:
+    """Whether the sources, which have changed, still train the tokenizer that the shards were encoded with."""
+    return not config.train_tokenizer or _train_tokenizer(config, sources) == _trained_tokenizer(
+        config, sources, shards
+    )
+
+
+def _train_tokenizer(config: PrepareConfig, sources: list[tuple[str, Source]]) -> TokenizerFile:
+    assert config.train_tokenizer
+    units = [unit for role, source in sources if role == TRAIN for unit in source.units]
+    print(f"training a {config.train_tokenizer} tokenizer", file=sys.stderr)
+    return train_tokenizer(config.train_tokenizer, _sample(units))
 
 
 def _sample(units: list[Unit]) -> Iterator[str]:

@@ -114,6 +114,14 @@ def complete_shards(folder: Path) -> list[ShardRecord]:
     return records
 
 
+def drop_shards(folder: Path, kept: int) -> None:
+    """Remove all but the first complete shards; the last goes first, so that an interruption leaves no gap."""
+    for number in reversed(range(kept, len(complete_shards(folder)))):
+        _record_path(folder, number).unlink()
+        for file in folder.glob(f"{number:06d}.*"):
+            file.unlink()
+
+
 def merge(shards: Path, vocab_size: int, eod_id: int, fallback_fraction: float) -> tuple[Path, dict[str, SplitRecord]]:
     """Join the shards into one pair per split, still inside the shards folder; bounded memory.
 

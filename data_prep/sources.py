@@ -76,10 +76,12 @@ class Source:
     Attributes:
         units: in reading order
         description: for the manifest; its "fingerprint" changes when the content does
+        marks: of each unit its name, and what changes when a file of that name does
     """
 
     units: list[Unit]
     description: dict[str, Any]
+    marks: list[list[Any]]
 
 
 def resolve(source: str, column: str, hub: HubOptions) -> Source:
@@ -217,20 +219,20 @@ class HubUnit:
 
 def _file_source(source: str, files: list[tuple[str, Path]], column: str) -> Source:
     units: list[Unit] = []
-    digest = hashlib.sha256()
+    marks: list[list[Any]] = []
     for name, path in files:
         _format_of(path)
         status = path.stat()
         units.append(FileUnit(path, column, status.st_size))
-        digest.update(json.dumps([name, status.st_size, status.st_mtime_ns]).encode())
+        marks.append([name, status.st_size, status.st_mtime_ns])
     description = {
         "kind": "files",
         "name": source,
         "files": len(files),
         "bytes": sum(unit.n_bytes for unit in units),
-        "fingerprint": digest.hexdigest(),
+        "fingerprint": hashlib.sha256("".join(map(json.dumps, marks)).encode()).hexdigest(),
     }
-    return Source(units, description)
+    return Source(units, description, marks)
 
 
 def _hub_source(name: str, column: str, hub: HubOptions) -> Source:
@@ -244,7 +246,7 @@ def _hub_source(name: str, column: str, hub: HubOptions) -> Source:
         "split": hub.split,
         "fingerprint": hub.revision,
     }
-    return Source([HubUnit(name, column, hub, offline=not reached)], description)
+    return Source([HubUnit(name, column, hub, offline=not reached)], description, [[description]])
 
 
 def _hub_commit(name: str, hub: HubOptions) -> tuple[str | None, bool]:

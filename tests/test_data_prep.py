@@ -29,6 +29,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from data_prep import batches, sources
 from data_prep.benchmark import benchmark
 from data_prep.prepare import PrepareConfig, describe, prepare
+from data_prep.shards import ShardRecord
 from data_prep.sources import HubOptions, resolve
 from data_prep.tokenizer import (
     Encoder,
@@ -240,6 +241,89 @@ def test_an_interrupted_folder_refuses_other_settings(
     assert documents_of(config.out, "validation")
 
 
+@pytest.mark.parametrize("options", [{}, {"tokenizer": None, "train_tokenizer": "bpe:300"}])
+def test_a_file_repaired_between_two_runs_costs_what_was_made_of_it(
+    tmp_path: Path,
+    configure: Callable[..., PrepareConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: dict[str, Any],
+) -> None:
+    monkeypatch.setattr(batches, "BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr("data_prep.prepare.TRAINING_CHARACTERS", 30_000)  # not as far as the fault
+    options |= {"validation_fraction": 0.1, "shard_tokens": 3000}
+    files = [write_jsonl(tmp_path / f"{n}.jsonl", make_texts(40, seed=20 + n)) for n in range(3)]
+    undisturbed, config = configure(*files, out="undisturbed", **options), configure(*files, **options)
+    prepare(undisturbed)
+    times = files[1].stat().st_mtime_ns
+    whole = files[1].read_bytes()
+    files[1].write_bytes(whole[:-20])
+    with pytest.raises(UserError, match=r"1\.jsonl, line 40: not valid JSON"):
+        prepare(config)
+    shards = config.out / ".shards"
+    records = [ShardRecord(**json.loads(path.read_text())) for path in sorted(shards.glob("0*.json"))]
+    units = [record.after["unit"] for record in records]  # type: ignore[index]
+    assert units.count(0) > 2
+    assert units.count(1) > 2
+    kept = {path: path.stat().st_mtime_ns for n in range(units.count(0)) for path in shards.glob(f"{n:06d}.*.bin")}
+
+    files[1].write_bytes(whole)
+    os.utime(files[1], ns=(times, times))  # as it was for the undisturbed run, whose manifest has its time
+    with pytest.raises(UserError, match="another source"):
+        prepare(configure(*files[:2], **options))  # another list could be a slip, which costs no work
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.prepare.merge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    told = capsys.readouterr().err
+    assert "the sources have changed: what was made of those before the first change is kept" in told
+    assert f"continuing behind {records[units.count(0) - 1].train_documents} documents" in told
+    prepare(config)
+    assert contents(undisturbed.out) == contents(config.out)
+
+
+def test_sources_added_or_taken_away_between_two_runs(
+    tmp_path: Path, configure: Callable[..., PrepareConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "BATCH_CHARACTERS", 2000)
+    files = [write_jsonl(tmp_path / f"{n}.jsonl", make_texts(40, seed=30 + n)) for n in range(3)]
+    for number, (first, second) in enumerate([([0, 1], [0, 1, 2]), ([0, 1, 2], [0, 2]), ([0], [1]), ([0, 1], [0])]):
+        reference = configure(*(files[n] for n in second), out=f"reference{number}")
+        prepare(reference)
+        before = configure(*(files[n] for n in first), out=f"out{number}", shard_tokens=3000)
+        after = configure(*(files[n] for n in second), out=f"out{number}", shard_tokens=3000)
+        with monkeypatch.context() as patch:
+            patch.setattr("data_prep.prepare.merge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                prepare(before)
+        with pytest.raises(UserError, match=r"another source .* --overwrite replaces it"):
+            prepare(after)
+        after.overwrite = True
+        prepare(after)
+        assert contents(reference.out) == contents(after.out)
+
+
+def test_a_changed_file_that_trains_another_tokenizer_is_another_source(
+    tmp_path: Path, configure: Callable[..., PrepareConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "BATCH_CHARACTERS", 2000)
+    files = [write_jsonl(tmp_path / f"{n}.jsonl", make_texts(40, seed=40 + n)) for n in range(2)]
+    config = configure(*files, tokenizer=None, train_tokenizer="bpe:300", shard_tokens=3000)
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.prepare.merge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config)
+    write_jsonl(files[1], ["zq xj zq xj zq xj"] * 4000)
+    with pytest.raises(UserError, match="another source"):
+        prepare(config)
+    config.overwrite = True
+    prepare(config)
+    reference = configure(*files, out="reference", tokenizer=None, train_tokenizer="bpe:300")
+    prepare(reference)
+    assert contents(reference.out) == contents(config.out)
+
+
 def test_a_second_run_is_refused(corpus: Path, configure: Callable[..., PrepareConfig]) -> None:
     from data_prep.prepare import _locked
 
@@ -307,7 +391,7 @@ def test_copies_of_a_document_are_on_the_same_side(tmp_path: Path, configure: Ca
 def test_copies_of_the_document_that_a_small_corpus_gives_go_with_it(
     tmp_path: Path, configure: Callable[..., PrepareConfig]
 ) -> None:
-    texts = [f"{letter} document of some words " * 5 for letter in "abcd"]
+    texts = [f"{letter} document of some words " * (5 + n) for n, letter in enumerate("abcd")]
     corpus = write_jsonl(tmp_path / "a.jsonl", texts * 3)
     prepare(configure(corpus, validation_fraction=1e-9, shard_tokens=1))
     assert documents_of(tmp_path / "out", "validation") == [texts[0]] * 3
