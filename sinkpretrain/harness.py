@@ -102,12 +102,7 @@ class SinkLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        for texts, __, continuation in requests:
-            if len(continuation) > self.room:
-                raise UserError(
-                    f"a continuation of {len(continuation)} tokens ({texts[1][:30]!r}...) does not fit the {self.room} "
-                    "that the model's context has room for; leave its task out."
-                )
+        _require_room_for_answers(requests, self.room)
         rows = [self._row(context, continuation) for _, context, continuation in requests]
         # Long ones first: what does not fit shows at once, and rows of a batch are of like length.
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
@@ -150,9 +145,7 @@ class SinkLM(TemplateLM):  # type: ignore[misc]
             raise UserError("this task draws its answers at random; only greedy generation is supported.")
         until = options.get("until") or []
         stops = [until] if isinstance(until, str) else list(until)
-        most = int(options.get("max_gen_toks", 256))
-        if most >= self.room:
-            raise UserError(f"the task generates {most} tokens, for which a context of {self.room} has no room.")
+        most = _require_room_to_generate(options, self.room)
         text_ids = self.tok_encode(context)[-(self.room - most) :]
         ids = [*self.opening, *text_ids] or [self.eot_token_id]
         # Room for everything: nothing is evicted. The engine reads the sinks itself.
@@ -166,6 +159,41 @@ class SinkLM(TemplateLM):  # type: ignore[misc]
             logits = engine.step(made[-1])
         text = self.codec.tokenizer.decode([i for i in made if i not in self.codec.end_ids])
         return min((text.partition(s)[0] for s in stops), key=len, default=text)
+
+
+def hugging_face(**how: Any) -> Any:
+    """The harness's own class, which asserts that answers fit the model; here that is a sentence, as above."""
+    from lm_eval.models.huggingface import HFLM  # imports transformers' models
+
+    class Fitting(HFLM):  # type: ignore[misc]
+        def _loglikelihood_tokens(self, requests: Any, *rest: Any, **options: Any) -> Any:
+            _require_room_for_answers(requests, self.max_length)
+            return super()._loglikelihood_tokens(requests, *rest, **options)
+
+        def generate_until(self, requests: Any, *rest: Any, **options: Any) -> Any:
+            for request in requests:
+                _require_room_to_generate(request.args[1], self.max_length)
+            return super().generate_until(requests, *rest, **options)
+
+    return Fitting(**how)
+
+
+def _require_room_for_answers(requests: Sequence[tuple[Any, list[int], list[int]]], room: int) -> None:
+    for texts, _, continuation in requests:
+        if len(continuation) > room:
+            shown = f" ({texts[1][:30]!r}...)" if texts else ""  # a window of a rolling text goes without its text
+            raise UserError(
+                f"a continuation of {len(continuation)} tokens{shown} does not fit the {room} "
+                "that the model's context has room for; leave its task out."
+            )
+
+
+def _require_room_to_generate(options: dict[str, Any], room: int) -> int:
+    """How many tokens a task generates at most."""
+    most = int(options.get("max_gen_toks", 256))
+    if most >= room:
+        raise UserError(f"the task generates {most} tokens, for which a context of {room} has no room.")
+    return most
 
 
 def _answer(logits_NV: Tensor, targets_N: Tensor) -> tuple[float, bool]:

@@ -169,18 +169,17 @@ def _foreign(folder: Path) -> dict[str, Any]:
 
 def _harness_model(model: str, loaded: LoadedModel | None, device: torch.device, options: dict[str, Any]) -> Any:
     torch.set_float32_matmul_precision("highest")
-    if loaded is None:
-        from lm_eval.models.huggingface import HFLM
+    from sinkpretrain.harness import SinkLM, hugging_face
 
+    if loaded is None:
         how = {"dtype": options["dtype"], "batch_size": options["batch_size"]}
         try:
-            return HFLM(pretrained=model, device=str(device), **how)
+            return hugging_face(pretrained=model, device=str(device), **how)
         except Exception as error:  # of transformers, for whatever is wrong with a folder
             why = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"{model} cannot be loaded by transformers, which the harness leaves it to: {why}"
             ) from error
-    from sinkpretrain.harness import SinkLM
     from sinkpretrain.texts import TextCodec
 
     net = loaded.model.to(device, choose_dtype(options["dtype"], device))

@@ -29,7 +29,7 @@ pytest.importorskip("accelerate")
 
 from lm_eval.api.instance import Instance
 
-from sinkpretrain.harness import SinkLM
+from sinkpretrain.harness import SinkLM, hugging_face
 from sinkpretrain.zero_shot import local_tasks, numbers, zero_shot
 
 WORDS = [
@@ -409,6 +409,28 @@ def test_local_tasks_keep_the_harness_prompts(questions: Path, tmp_path: Path) -
     assert task.config.task == "arc_easy"
 
 
-def test_too_long_a_continuation_is_refused(runs: dict[str, Path]) -> None:
+@pytest.mark.parametrize("ours", [True, False])
+def test_what_does_not_fit_the_context_is_refused(ours: bool, runs: dict[str, Path], vanilla_folder: Path) -> None:
+    lm = wrapped(runs["vanilla"]) if ours else hugging_face(pretrained=str(vanilla_folder), device="cpu", batch_size=4)
+    with pytest.raises(UserError, match=r"^a continuation of \d+ tokens \(.*\) does not fit the 64 that"):
+        lm.loglikelihood(instances("loglikelihood", [("a", TEXTS[4])]))
+    with pytest.raises(UserError, match=r"^the task generates 64 tokens, for which a context of 64 has no room"):
+        lm.generate_until(instances("generate_until", [("a", {"until": ["q"], "max_gen_toks": 64})]))
+    rolling = lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(TEXTS[4],)]))
+    assert rolling[0] < -100  # in windows, which fit
+
+
+def test_a_long_answer_ends_zero_shot_with_a_sentence(
+    vanilla_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = question(random.Random(8), 0, "A")
+    row["choices"]["text"][2] = TEXTS[4]
+    write(tmp_path / "data" / "arc_easy" / "test.jsonl.gz", [row])
+    arguments = ("--out", str(tmp_path / "out"), "--local", str(tmp_path / "data"), "--backend", "hf")
+    assert "does not fit the 64" in refusal(capsys, str(vanilla_folder), *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sinks_take_their_room(runs: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"tokens (.*) does not fit the 62 that"):
         wrapped(runs["sink_tokens_2"]).loglikelihood(instances("loglikelihood", [("a", TEXTS[4])]))
