@@ -1,8 +1,9 @@
 """Tokenizers: loaded or trained, and an encoder that is fast on long documents and exact all the same."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b, sha256
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sinkpretrain.errors import UserError
+from sinkpretrain.files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -35,10 +37,12 @@ class TokenizerFile:
     Attributes:
         content: bytes of tokenizer.json, exactly as found
         eos: end-of-sequence token named by the tokenizer's configuration, if any
+        eod: id that documents were prepared with, where what lies beside the file says so
     """
 
     content: bytes
     eos: str | None = None
+    eod: int | None = None
 
     @property
     def sha256(self) -> str:
@@ -62,11 +66,13 @@ class TokenizerFile:
         return tokenizer
 
     def eod_id(self, eod_token: str | None = None) -> int:
-        """Id of the end-of-document token: the one asked for, `<|endoftext|>`, or the tokenizer's own eos.
+        """Id of the end-of-document token: asked for, known of its data, `<|endoftext|>`, or the tokenizer's own eos.
 
         Raises:
             UserError: the tokenizer has none of them.
         """
+        if self.eod is not None and not eod_token:
+            return self.eod
         tokenizer = self.load()
         candidates = [eod_token] if eod_token else [END_OF_TEXT, self.eos]
         for token in candidates:
@@ -90,10 +96,9 @@ def load_tokenizer(name: str) -> TokenizerFile:
     path = Path(name)
     if path.is_file():
         # What lies beside a file of that name belongs to it; another name may be anybody's neighbour.
-        eos = _folder_eos(path.parent) if path.name == "tokenizer.json" else None
-        loaded = TokenizerFile(path.read_bytes(), eos)
+        loaded = _of_folder(path.parent) if path.name == "tokenizer.json" else TokenizerFile(path.read_bytes())
     elif (path / "tokenizer.json").is_file():
-        loaded = TokenizerFile((path / "tokenizer.json").read_bytes(), _folder_eos(path))
+        loaded = _of_folder(path)
     elif path.suffix == ".json" or path.is_absolute():
         raise UserError(f"tokenizer {name} does not exist: give a tokenizer.json, its folder, or a name on the Hub.")
     else:
@@ -298,6 +303,34 @@ def _first_cut(text: str, low: int) -> int | None:
 def without_surrogates(text: str) -> str:
     """The text with U+FFFD for halves of surrogate pairs, which JSON can express and UTF-8 cannot."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _of_folder(folder: Path) -> TokenizerFile:
+    file = TokenizerFile((folder / "tokenizer.json").read_bytes(), _folder_eos(folder))
+    return replace(file, eod=_folder_eod(folder, file.sha256))
+
+
+def _folder_eod(folder: Path, sha256: str) -> int | None:
+    """The end-of-document id that packed tokens, a run on them or its exported folder were made with.
+
+    No tokenizer.json says this: it may be named only in the tokenizer_config.json that was beside it when the text was
+    prepared, or by --eod-token.
+    """
+    manifest, run, config = (_about(folder / name) for name in ("manifest.json", "run.json", "config.json"))
+    ends = (
+        manifest.get("eod_id") if manifest.get("tokenizer_sha256") == sha256 else None,
+        run.get("end_of_document") if run.get("tokenizer_sha256") == sha256 else None,
+        (config.get("sinkpretrain") or {}).get("end_of_document"),  # its tokenizer has the sink tokens in addition
+    )
+    return next((end for end in ends if isinstance(end, int)), None)
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """A JSON object; nothing where it is something else, which is for those to say that cannot do without."""
+    with contextlib.suppress(UserError):
+        about = read_json(path) if path.is_file() else None
+        return about if isinstance(about, dict) else {}
+    return {}
 
 
 def _folder_eos(folder: Path) -> str | None:

@@ -87,7 +87,7 @@ def export(
     try:
         with disk_faults(out):
             temporary.mkdir(parents=True)
-            write_model(temporary, loaded, form, getattr(torch, dtype), special_tokens(tokenizer))
+            write_model(temporary, loaded, form, getattr(torch, dtype), special_tokens(tokenizer, loaded))
             if tokenizer:
                 write_tokenizer(temporary, loaded, tokenizer)
             outside.keep(loaded.trained.sink_config, temporary)

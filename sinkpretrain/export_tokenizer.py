@@ -39,15 +39,22 @@ class Special(NamedTuple):
     padding_id: int | None
 
 
-def special_tokens(tokenizer: Any) -> Special:
-    end = _known(tokenizer, END_OF_DOCUMENT)
+def special_tokens(tokenizer: Any, loaded: LoadedModel) -> Special:
+    """Those of a tokenizer, by the name of its end of a document or as the model's training data had it."""
+    end, end_id = _known(tokenizer, END_OF_DOCUMENT), None
+    trained = load_tokenizer(str(loaded.tokenizer)).eod if loaded.tokenizer else None
+    if trained is not None:
+        # A token that was found by merging is not named: transformers would look for it in the text.
+        end = tokenizer.id_to_token(trained) if trained in tokenizer.get_added_tokens_decoder() else None
+        end_id = trained
     padding = _known(tokenizer, PADDING) or end
-    return Special(end, padding, *(tokenizer.token_to_id(t) if t else None for t in (end, padding)))
+    ids = [tokenizer.token_to_id(t) if t else None for t in (end, padding)]
+    return Special(end, padding, ids[0] if end_id is None else end_id, ids[1])
 
 
 def write_tokenizer(folder: Path, loaded: LoadedModel, tokenizer: Any) -> None:
     """``tokenizer.json`` and the settings that transformers' tokenizer class wants beside it."""
-    model, special = loaded.model, special_tokens(tokenizer)
+    model, special = loaded.model, special_tokens(tokenizer, loaded)
     tokenizer.save(str(folder / "tokenizer.json"))
     sinks = [tokenizer.id_to_token(i) for i in model.prefix_ids if i >= model.config.tokenizer_size]
     settings: dict[str, Any] = {

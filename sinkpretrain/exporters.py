@@ -76,6 +76,7 @@ def write_model(folder: Path, loaded: LoadedModel, form: Form, dtype: torch.dtyp
         "name": loaded.name,
         "seeds": loaded.seeds,
         "tokenizer_sha256": loaded.tokenizer_sha256,
+        "end_of_document": special.end_id,
         "form": form,
     }
     write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch."), METADATA_KEY: about})

@@ -158,7 +158,10 @@ def _about(config: RunConfig, tokens: Tokens, wandb_id: str = "") -> dict[str, A
     """What run.json says about the data and the mechanism's code, and the run's name at wandb: a new one unless it has
     one."""
     stamps = {split: _stamp(file) for split, file in _described(tokens).items()}
-    about = {"data": tokens.identity(), "wandb_id": wandb_id or uuid.uuid4().hex[:12], "stamps": stamps}
+    about: dict[str, Any] = {"data": tokens.identity(), "wandb_id": wandb_id or uuid.uuid4().hex[:12], "stamps": stamps}
+    if tokens.manifest:  # which token ends a document its tokenizer.json alone need not say
+        about["tokenizer_sha256"] = tokens.manifest.tokenizer_sha256
+        about["end_of_document"] = tokens.manifest.eod_id
     return about | {outside.HASHES: outside.hashes(config.sink)}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 from pathlib import Path
+from typing import Any
 
 import family_factory
 import numpy as np
@@ -15,18 +16,24 @@ from conftest import MECHANISMS, TINY, peaked
 from data_factory import make_data
 from matplotlib.image import imread
 from run_factory import save_weights
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from test_train import config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from data_prep.prepare import PrepareConfig, prepare
+from data_prep.tokenizer import load_tokenizer
 from sinkpretrain.cache import Cache
 from sinkpretrain.cli import main
 from sinkpretrain.config import RunConfig, SinkConfig, save_yaml
 from sinkpretrain.errors import UserError
 from sinkpretrain.evaluate import changed_configuration, one_token, perplexity, stream, table
+from sinkpretrain.export import export
 from sinkpretrain.files import write_atomically
 from sinkpretrain.load import load_model
 from sinkpretrain.model import GPTNeoX
 from sinkpretrain.setting import Setting, Wanted, settings_for
 from sinkpretrain.streaming import dense_nll, documents, recompute_nll, stream_nll, token_loop_nll
+from sinkpretrain.texts import TextCodec
+from sinkpretrain.train import train
 
 
 def make_run(folder: Path, sink: SinkConfig, tokenizer: Path | None = None) -> Path:
@@ -217,6 +224,42 @@ def test_text_is_tokenized_with_the_models_tokenizer(tmp_path: Path) -> None:
     same = stream(str(ours), tokens=str(tmp_path / "same.npy"), cache="1+2", out=str(tmp_path / "p"), progress=False)
     assert results["tokens"]["sha256"] == same["tokens"]["sha256"]
     assert results["settings"]["1+2"]["ppl"] == same["settings"]["1+2"]["ppl"]
+
+
+@pytest.mark.parametrize("by", ["tokenizer_config.json", "--eod-token"])
+def test_the_end_of_a_document_is_that_of_the_training_data(by: str, tmp_path: Path) -> None:
+    """Which the tokenizer.json that goes with the data, the run and the exported folder does not say."""
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "<end>": 1, "a": 2, "b": 3}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.WordPiece()
+    ends = ["<end>"] if by == "tokenizer_config.json" else ["<end>", "<|endoftext|>"]
+    tokenizer.add_special_tokens(ends)
+    tokenizer.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    if by == "tokenizer_config.json":
+        (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": "a b b a " * n}) + "\n" for n in range(1, 30)))
+    how: dict[str, Any] = {"eod_token": "<end>"} if by == "--eod-token" else {}
+    how |= {"validation_fraction": 0, "workers": 1}
+    prepare(PrepareConfig([str(text)], tmp_path / "data", str(tmp_path / "tokenizer"), **how))
+    assert train(config(tmp_path / "data", tmp_path / "run", steps=2)).finished
+    export(tmp_path / "run", tmp_path / "hf")
+    export(tmp_path / "hf", tmp_path / "again")
+
+    where = {"cache": "1+20", "progress": False}
+    known = stream(str(tmp_path / "run"), tokens=str(tmp_path / "data"), out=str(tmp_path / "o"), **where)
+    for name in ("run", "hf", "again"):
+        model = tmp_path / name
+        found = stream(str(model), text=str(text), out=str(tmp_path / f"o-{name}"), **where)
+        assert found["tokens"]["sha256"] == known["tokens"]["sha256"]
+        assert TextCodec(str(model)).end_ids == (1,)
+        assert load_tokenizer(str(model / "tokenizer.json")).eod_id() == 1
+    assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["eos_token"] == "<end>"
+    more = PrepareConfig([str(text)], tmp_path / "more", str(tmp_path / "data"), **how | {"eod_token": None})
+    assert prepare(more).eod_id == 1
+    (tmp_path / "run" / "run.json").write_text("{")  # damaged, which does not keep a model from being streamed
+    assert stream(str(tmp_path / "run"), tokens=str(tmp_path / "data"), out=str(tmp_path / "p"), **where)
 
 
 def test_the_end_of_a_document_is_what_the_tokenizers_folder_says(tmp_path: Path) -> None:
