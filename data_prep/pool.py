@@ -59,7 +59,8 @@ def _encode_in_pool(
     waiting: deque[tuple[Batch, Future[EncodedBatch]]] = deque()
     try:
         for batch in batches:
-            waiting.append((batch, executor.submit(_encode_here, *_task(batch))))
+            with _workers_born_deaf():
+                waiting.append((batch, executor.submit(_encode_here, *_task(batch))))
             if len(waiting) > 2 * workers + 2:  # bounds the memory, and keeps every worker busy
                 done, future = waiting.popleft()
                 yield done, future.result()
@@ -71,7 +72,31 @@ def _encode_in_pool(
             "run the same command again with fewer --workers."
         ) from error
     finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        with _undisturbed():
+            executor.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _workers_born_deaf() -> Iterator[None]:
+    """Processes that are started within never see Ctrl-C, which is the parent's business: it ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without Ctrl-C: a pool whose shutdown is cut short by a second one is waited for at exit, for ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _task(batch: Batch) -> tuple[list[str], bool, bool]:
@@ -87,7 +112,6 @@ _encoder: Encoder | None = None  # of a worker process
 
 def _start_worker(tokenizer: TokenizerFile, eod_id: int, seed: int) -> None:
     global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; it ends the workers
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _encoder = Encoder(tokenizer, eod_id, seed)
 

@@ -196,6 +196,43 @@ def test_killed_and_restarted_gives_the_same_bytes(
     assert contents(undisturbed.out) == contents(out)
 
 
+@pytest.mark.parametrize("ready", ["prepare.json", "000002.json"])
+def test_an_impatient_ctrl_c_ends_everything(tmp_path: Path, tokenizer_file: Path, ready: str) -> None:
+    """Twice in quick succession, while workers start and while they work: one sentence, and no process left."""
+    corpus = write_jsonl(tmp_path / "large.jsonl", make_texts(3000, seed=2))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    for attempt in range(3):
+        out = tmp_path / f"out{attempt}"
+        process = subprocess.Popen(
+            [sys.executable, "script.py", str(corpus), str(out), str(tokenizer_file), "2"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(Path(batches.__file__).parents[1])},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        deadline = time.monotonic() + 60
+        while not (out / ".shards" / ready).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(0.3 if ready == "prepare.json" else 0)
+        for _ in range(2):
+            os.killpg(process.pid, signal.SIGINT)
+            time.sleep(0.02)
+        try:
+            _, errors = process.communicate(timeout=30)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        assert process.returncode != 0
+        assert "SpawnProcess" not in errors
+        assert "spawn_main" not in errors
+        while alive_in_group(process.pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
 def alive_in_group(group: int) -> bool:
     """Whether a process of the group still runs; one that is dead and merely not reaped does not count."""
     for path in Path("/proc").glob("[0-9]*/stat"):
