@@ -99,7 +99,7 @@ def load_tokenizer(name: str) -> TokenizerFile:
         loaded = _of_folder(path.parent) if path.name == "tokenizer.json" else TokenizerFile(path.read_bytes())
     elif (path / "tokenizer.json").is_file():
         loaded = _of_folder(path)
-    elif path.suffix == ".json" or path.is_absolute():
+    elif (path.suffix == ".json" or path.is_absolute()) and not path.is_dir():
         raise UserError(f"tokenizer {name} does not exist: give a tokenizer.json, its folder, or a name on the Hub.")
     else:
         loaded = _hub_tokenizer(name)
@@ -345,14 +345,45 @@ def _folder_eos(folder: Path) -> str | None:
 
 
 def _hub_tokenizer(name: str) -> TokenizerFile:
+    """Of a folder that transformers can make sense of, or of the Hub, which transformers would ask for a minute."""
     from transformers import AutoTokenizer  # takes seconds to import, and most users have a file
 
+    out_of_reach = None if Path(name).is_dir() else _hub_fault(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=out_of_reach is not None)
         content = tokenizer.backend_tokenizer.to_str(pretty=True).encode()
     except (OSError, ValueError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"tokenizer {name} cannot be loaded ({reason}): give a file, a folder or a Hub name."
-        ) from error
+        if out_of_reach is not None:
+            raise UserError(
+                f"tokenizer {name}: there is no file or folder of that name, and the Hub cannot be asked for a model "
+                f"of that name ({out_of_reach}): check the name, or the network."
+            ) from error
+        advice = "give a file, a folder or a Hub name"
+        if Path(name).is_dir():
+            advice = "it has no tokenizer.json; give a folder that has one, a file or a Hub name"
+        raise UserError(f"tokenizer {name} cannot be loaded ({_first_line(error)}): {advice}.") from error
     return TokenizerFile(content, tokenizer.eos_token)
+
+
+def _hub_fault(name: str) -> str | None:
+    """Why the Hub is out of reach, None if it is not; raises UserError where it has no such model."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        HfApi().model_info(name, timeout=10)
+    except errors.GatedRepoError:
+        return None  # transformers says how to get in
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise UserError(
+            f"tokenizer {name}: there is no file or folder of that name, and the Hub has no such model (or does not "
+            "show it without a login): check the name."
+        ) from error
+    except errors.HfHubHTTPError:
+        return None
+    except Exception as error:  # by whatever name the network's library calls that
+        return _first_line(error)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

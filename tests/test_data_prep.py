@@ -623,7 +623,7 @@ def hub_requests(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     class Empty(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if "datasets" in self.path:
+            if "/datasets/" in self.path or "/models/" in self.path:
                 asked.append(self.path)
             self.send_response(404)
             self.send_header("X-Error-Code", "RepoNotFound")
@@ -655,6 +655,33 @@ def test_a_name_that_is_neither_here_nor_on_the_hub(
         prepare(config)
     assert hub_requests == [f"/api/datasets/{name}"]
     assert not config.out.exists()
+
+
+def test_a_tokenizer_that_is_neither_here_nor_on_the_hub(
+    tmp_path: Path,
+    corpus: Path,
+    configure: Callable[..., PrepareConfig],
+    hub_requests: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import huggingface_hub
+
+    with pytest.raises(UserError, match=r"^tokenizer typo: there is no file or folder .* the Hub has no such model"):
+        prepare(configure(corpus, tokenizer="typo"))
+    assert hub_requests == ["/api/models/typo"]
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match=r"bare cannot be loaded \(.*\): it has no tokenizer\.json"):
+        prepare(configure(corpus, tokenizer=str(tmp_path / "bare")))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Name or service not known")
+
+    hub_requests.clear()
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    with pytest.raises(UserError, match=r"no file .* Hub cannot be asked .*\(Name or service not known\): check"):
+        prepare(configure(corpus, tokenizer="owner/typo"))
+    assert not hub_requests
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_hub_out_of_reach_is_asked_once(
