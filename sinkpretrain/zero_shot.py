@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gzip
+import json
 import logging
 import tempfile
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -203,6 +206,7 @@ def _check_installed() -> None:
 
 def evaluate(lm: Any, tasks: list[str], folder: Path | None, limit: int | None) -> dict[str, Any]:
     """The harness's results on tasks: its own, or those of ``folder`` alone; raises UserError for an unknown task."""
+    import jinja2
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -218,6 +222,11 @@ def evaluate(lm: Any, tasks: list[str], folder: Path | None, limit: int | None) 
             found: dict[str, Any] = lm_eval.simple_evaluate(
                 model=lm, tasks=tasks, task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
             )
+    except jinja2.UndefinedError as error:
+        raise UserError(
+            f"the data of {', '.join(tasks)} lack a column that the task's prompts are made of ({error}); give those "
+            "of its Hugging Face data set."
+        ) from error
     except (ConnectionError, FileNotFoundError) as error:
         raise UserError(
             f"the data of {', '.join(tasks)} cannot be had ({str(error).splitlines()[0]}); give them with --local."
@@ -246,6 +255,7 @@ def local_tasks(folder: Path, names: list[str], scratch: Path) -> dict[str, Path
     if not chosen:
         raise UserError(f"{folder} holds the data of none of the paper's tasks ({', '.join(PAPER)}).")
     for name, file in chosen.items():
+        _require_rows(file)
         split = file.name.partition(".")[0]
         task = {
             "include": str(_harness_file(name)),
@@ -259,6 +269,21 @@ def local_tasks(folder: Path, names: list[str], scratch: Path) -> dict[str, Path
         }
         (scratch / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
     return chosen
+
+
+def _require_rows(file: Path) -> None:
+    """Raises UserError unless every line is a JSON object and there is one: `datasets` answers with a traceback."""
+    read = 0
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                if not line.isspace() and not isinstance(json.loads(line), dict):
+                    raise ValueError("no JSON object")
+                read += 1
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"{file} cannot be read behind line {read} ({error}); copy it again.") from error
+    if not read:
+        raise UserError(f"{file} is empty; put the task's data there, or leave it out.")
 
 
 def _data_file(folder: Path) -> Path | None:

@@ -431,6 +431,27 @@ def test_a_long_answer_ends_zero_shot_with_a_sentence(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"x", "cannot be read behind line 0 (Not a gzipped file"),
+        (gzip.compress(b'{"goal": "a"}\n' * 999, mtime=0)[:-9], "cannot be read behind line "),
+        (gzip.compress(b'{"goal": \n'), "cannot be read behind line 0 ("),
+        (gzip.compress(b"[1]\n"), "cannot be read behind line 0 (no JSON object)"),
+        (gzip.compress(b""), "is empty"),
+        (gzip.compress(b'{"a": 1}\n'), "lack a column that the task's prompts are made of ('goal' is undefined)"),
+    ],
+)
+def test_data_that_are_not_a_tasks(
+    content: bytes, message: str, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa" / "validation.jsonl.gz").write_bytes(content)
+    arguments = ("--out", str(tmp_path / "out"), "--local", str(tmp_path), "--tasks", "piqa", "--progress", "false")
+    assert message in refusal(capsys, str(runs["vanilla"]), *arguments)
+    assert not (tmp_path / "out").exists()
+
+
 def test_sinks_take_their_room(runs: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"tokens (.*) does not fit the 62 that"):
         wrapped(runs["sink_tokens_2"]).loglikelihood(instances("loglikelihood", [("a", TEXTS[4])]))
