@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
-from unittest import mock
 
 import zstandard
 
@@ -301,8 +300,11 @@ def _asking_the_hub(allowed: bool) -> Iterator[None]:
     import datasets
 
     offline = datasets.config.HF_HUB_OFFLINE
-    with mock.patch.object(datasets.config, "HF_HUB_OFFLINE", offline or not allowed):
+    datasets.config.HF_HUB_OFFLINE = offline or not allowed
+    try:
         yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
 
 
 def _find_files(source: str) -> list[tuple[str, Path]]:
