@@ -261,7 +261,9 @@ def same_batches(runs: list[Run]) -> list[Block]:
     return [
         Table(["run", "against", "steps", "training loss, nats", "95 % over steps"], body, labels=2),
         "Step by step over the same batches, the last fifth of the steps that both have. A model with tokens in front "
-        "of a sample also predicts the sample's first one, from nothing: its mean is over one more target, a hard one.",
+        "of a sample also predicts the sample's first one, from nothing: its mean is over one more target, a hard one. "
+        "The interval says how other batches might turn out; how another training, be it one that differs in "
+        "rounding alone, is not in it.",
         Picture(
             "loss_difference",
             "Training loss minus vanilla's on the same batches, mean over windows of steps: below the line is better.",
