@@ -118,11 +118,11 @@ class Engine:
 
     def _last_logits(self, tokens_T: Tensor) -> Tensor:
         length = len(tokens_T)
-        learned = None
-        if self.model.learned_positions is not None:  # in-cache positions, as everywhere
-            learned = self.rings.positions(length).clamp(max=self.cache.size)
+        places = None
+        if self.model.placed:  # in-cache positions, as everywhere
+            places = self.rings.positions(length).clamp(max=self.cache.size)
         with self._products if length == 1 else contextlib.nullcontext():
-            hidden_BTC = self.model.hidden(tokens_T[None], RingAttention(self.rings, length), learned)
+            hidden_BTC = self.model.hidden(tokens_T[None], RingAttention(self.rings, length), places)
             logits: Tensor = self.model.head(hidden_BTC[0, -1])
         return logits
 

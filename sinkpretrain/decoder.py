@@ -248,6 +248,10 @@ class Decoder(nn.Module):
     def learned_positions(self) -> int | None:
         return self.config.positions.count if isinstance(self.config.positions, Learned) else None
 
+    @property
+    def placed(self) -> bool:
+        return self.learned is not None
+
     def n_parameters(self) -> int:
         """Number of parameters; tied ones count once."""
         return sum(p.numel() for p in self.parameters())

@@ -56,8 +56,8 @@ class Mask(Tensor):
         return part
 
 
-def _rule(*_: Any, mask_function: Any, **__: Any) -> Tensor:
-    mask: Mask = torch.zeros(1, 1, 1, 1).as_subclass(Mask)
+def _rule(batch_size: int, q_length: int, kv_length: int, *_: Any, mask_function: Any, **__: Any) -> Tensor:
+    mask: Mask = torch.zeros(batch_size, 1, q_length, kv_length).as_subclass(Mask)
     mask.rule = mask_function
     return mask
 
@@ -98,10 +98,11 @@ class ForeignSpec:
     way_of: for each layer which of them is its own, or None if it does not rotate.
     scales: of each layer's logits.
     windows: see ``LanguageModel``.
-    sink_logits: whether each head's softmax has a learned logit more.
+    sink_logits: whether each head's softmax has a learned logit more, in some layers at least.
     caps: of each layer's scaled logits, which are cap * tanh(logit / cap); None where they are not capped.
     logit_factor, logit_cap: the output matrix's logits times the first, then capped at the second.
     learned_positions: see ``LanguageModel``.
+    scaled: whether queries are multiplied by numbers that depend on their positions (Ministral 3).
     """
 
     family: str
@@ -119,6 +120,7 @@ class ForeignSpec:
     logit_factor: float = 1.0
     logit_cap: float | None = None
     learned_positions: int | None = None
+    scaled: bool = False
 
     @property
     def tokenizer_size(self) -> int:
@@ -170,10 +172,10 @@ class Foreign(nn.Module):
         theirs: a model of transformers whose rotary embeddings are ``Unrotated`` and whose attention is ``INTERFACE``.
         blocks: its layers.
         spec: what was found out about it.
-        logits: each layer's learned logit [H] of the softmax, where there are any.
+        logits: each layer's learned logits [H] of the softmax; None where it has none (and may have a cap).
     """
 
-    def __init__(self, theirs: Any, blocks: nn.ModuleList, spec: ForeignSpec, logits: list[Tensor]) -> None:
+    def __init__(self, theirs: Any, blocks: nn.ModuleList, spec: ForeignSpec, logits: list[Tensor | None]) -> None:
         super().__init__()
         self.theirs, self.config = theirs, spec
         self.base, self.blocks = theirs.get_decoder(), blocks
@@ -184,11 +186,13 @@ class Foreign(nn.Module):
         self.sink_config = SinkConfig("sink_logit" if spec.sink_logits else "vanilla")
         self.adds_column = spec.sink_logits
         shape = ModelConfig(n_head=spec.n_head, d_model=spec.n_head * spec.head_dim)
-        self.sinks = nn.ModuleList(
-            sinks.build(self.sink_config, shape) if cap is None else Capped(shape, cap) for cap in spec.caps
-        )
-        for sink, logit in zip(self.sinks, logits, strict=False):
-            sink.s = logit  # the model's own parameter, which goes where it goes
+        self.sinks = nn.ModuleList()
+        for cap, logit in zip(spec.caps, logits, strict=True):
+            sink: Any = sinks.build(SinkConfig(), shape) if cap is None else Capped(shape, cap)
+            if logit is not None:
+                sink = sinks.build(self.sink_config, shape)
+                sink.s = logit  # the model's own parameter, which goes where it goes
+            self.sinks.append(sink)
         self._kept: dict[tuple[str, torch.device], Tensor] = {}
 
     def forward(self, ids_BT: Tensor) -> Tensor:
@@ -200,7 +204,7 @@ class Foreign(nn.Module):
         B, T = ids_BT.shape
         if attend is None:
             attend = self.causal(T, ids_BT.device)
-        if positions_T is None or self.learned_positions is None:
+        if positions_T is None or not self.placed:
             positions_T = torch.arange(T, device=ids_BT.device)
         layers = iter(range(self.config.n_layer))
 
@@ -279,6 +283,10 @@ class Foreign(nn.Module):
     @property
     def learned_positions(self) -> int | None:
         return self.config.learned_positions
+
+    @property
+    def placed(self) -> bool:
+        return self.config.scaled or self.learned_positions is not None
 
     def n_parameters(self) -> int:
         """Number of parameters; tied ones count once."""

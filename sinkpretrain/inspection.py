@@ -184,7 +184,7 @@ def inspect_loaded(
                 "head": m.head,
                 "count": len(sentences),
                 "rows": [_plain(row[: i + 1]) for i, row in enumerate(m.of(logits))],
-                "column": None if columns is None else _plain(m.of(columns)),
+                "column": None if columns is None or m.of(columns).isnan().all() else _plain(m.of(columns)),
             }
             for m in maps
         ],

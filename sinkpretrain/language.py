@@ -55,6 +55,7 @@ class LanguageModel(Protocol):
     windows: for each layer how many keys a query may see, itself included, or None for all before it.
     pinned: keys in the first so many places are seen through every window.
     learned_positions: how many positions its embedding of positions has, or None if it has no such embedding.
+    placed: a forward depends on the positions it is told.
     replayable: a forward does the same to every token, so that it may be compiled, or captured in a CUDA graph.
     """
 
@@ -76,13 +77,15 @@ class LanguageModel(Protocol):
     @property
     def learned_positions(self) -> int | None: ...
     @property
+    def placed(self) -> bool: ...
+    @property
     def replayable(self) -> bool: ...
 
     def hidden(self, ids_BT: Tensor, attend: Attend | None = None, positions_T: Tensor | None = None) -> Tensor:
         """The normed last hidden state [B, T, C]; plain causal attention unless ``attend`` says otherwise.
 
-        ``positions_T`` (int64 [T] or [B, T]; by default 0, 1, ...) matter to an embedding of positions alone: all
-        other positions are the business of ``attend``.
+        ``positions_T`` (int64 [T] or [B, T]; by default 0, 1, ...) matter where the model is ``placed``, to an
+        embedding of positions or a scale of queries: all other positions are the business of ``attend``.
         """
 
     def causal(self, length: int, device: torch.device) -> Attend:

@@ -267,7 +267,8 @@ def last_queries(model: LanguageModel, ids_BT: Tensor) -> dict[str, Tensor]:
 def average_logits(model: LanguageModel, ids_BT: Tensor) -> tuple[Tensor, Tensor | None]:
     """Mean over sequences of the scaled logits, fp32 [L, H, T, T], and of the column's [L, H, T] if there is one.
 
-    As in figures 2 and 7 of StreamingLLM; where nothing is seen, above the diagonal, stands nan.
+    As in figures 2 and 7 of StreamingLLM; where nothing is seen, above the diagonal, stands nan, and so it does in a
+    layer without the column that others have.
     """
     logits, columns = [], []
 
@@ -275,11 +276,10 @@ def average_logits(model: LanguageModel, ids_BT: Tensor) -> tuple[Tensor, Tensor
         mean = layer.logits().mean(0)
         logits.append(mean.masked_fill(mean == float("-inf"), float("nan")).float().cpu())
         column = layer.column_logits()
-        if column is not None:
-            columns.append(column.mean(0).cpu())
+        columns.append(torch.full(mean.shape[:2], float("nan")) if column is None else column.mean(0).cpu())
 
     observe(model, ids_BT, attention)
-    return torch.stack(logits), torch.stack(columns) if columns else None
+    return torch.stack(logits), torch.stack(columns) if model.adds_column else None
 
 
 def rounded(values: Tensor) -> list[float]:

@@ -175,6 +175,7 @@ class GPTNeoX(nn.Module):
 
     slopes: Tensor | None = None
     learned_positions: int | None = None
+    placed: bool = False
     replayable: bool = True
 
     @property

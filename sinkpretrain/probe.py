@@ -2,8 +2,9 @@
 
 With attention in which each token attends to itself alone, what a layer hands to it does not depend on where tokens
 stand. So queries and keys of the same tokens, with the model's rotation and without it, tell by which angles each
-layer rotates; at other positions, near and far beyond the context, whether anything but the rotation depends on them;
-token by token, whether attention is all through which tokens meet. How far a layer sees, its mask function says.
+layer rotates; at other positions, near and far beyond the context, whether anything but the rotation and a scale of
+queries depends on them; token by token, whether attention is all through which tokens meet. How far a layer sees, its
+mask function says.
 Attention itself is compared with transformers' own on peaked logits in fp32, whatever the dtype of the weights, and
 what becomes of the output matrix's logits on numbers put in their place. In the end each layer, with its attention
 taken over, must give what it gives in the model's own forward.
@@ -77,16 +78,22 @@ def load_foreign(folder: Path, dtype: torch.dtype | None = None) -> tuple[Foreig
     files = weight_files(folder)
     theirs = _load(folder, dtype)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _or_refuse("it does something in its attention that is not known here"):
             return _taken_over(theirs), files
     except UserError as error:
         raise UserError(f"{folder} cannot be streamed exactly: {error}") from error
+
+
+@contextmanager
+def _or_refuse(sentence: str) -> Iterator[None]:
+    """What fails in the code of transformers is the property of the model that this sentence names."""
+    try:
+        yield
+    except UserError:
+        raise
     except Exception as error:
-        about = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        raise UserError(
-            f"{folder} cannot be streamed: the attention of its {theirs.config.model_type!r} model could not be taken "
-            f"over from transformers ({about})."
-        ) from error
+        about = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}".removesuffix(".")
+        raise UserError(f"{sentence} ({about}).") from error
 
 
 def _load(folder: Path, dtype: torch.dtype | None) -> Any:
@@ -131,18 +138,21 @@ def _taken_over(theirs: Any) -> Foreign:
     here = torch.arange(TOKENS)[None]
     if base is theirs or isinstance(base, nn.Linear):
         raise UserError("its decoder cannot be told from its output matrix.")
-    wanted, entered = _own_forward(theirs, ids, here)
-    factor, cap = _head(theirs, wanted, entered, ids)
+    with _or_refuse("transformers' own forward of it fails, so there is nothing to compare with"):
+        wanted, entered = _own_forward(theirs, ids, here)
+    with _or_refuse("its logits do not follow from its last hidden state and its output matrix alone"):
+        factor, cap = _head(theirs, wanted, entered, ids)
 
     register()
     tables = _unrotate(base)
     theirs.set_attn_implementation(TRACED)
-    calls, hidden = _trace(base, ids, here)
+    with _or_refuse("its code asks more of its attention than an output for each token"):
+        calls, hidden = _trace(base, ids, here)
     _check_calls(calls, n_layer)
     if not isinstance(context, int):
         raise UserError("its config.json names no length of its context (max_position_embeddings).")
     _check_alone(base, ids, here, calls, hidden)
-    turns, learned = _positions(base, tables, ids, here, (calls, hidden), context)
+    turns, learned, scaled = _positions(base, tables, ids, here, (calls, hidden), context)
 
     found = tuple(dict.fromkeys(turn for turn in turns if turn is not None))
     widths = [call.q.shape[-1] for call in calls]
@@ -162,15 +172,16 @@ def _taken_over(theirs: Any) -> Foreign:
             for width, call in zip(widths, calls, strict=True)
         ),
         windows=tuple(_window(call.rule) for call in calls),
-        sink_logits=all(s is not None for s in sinks),
+        sink_logits=any(s is not None for s in sinks),
         caps=caps,
         logit_factor=factor,
         logit_cap=cap,
         learned_positions=context if learned else None,
+        scaled=scaled,
     )
-    if any(s is not None for s in sinks) and (not spec.sink_logits or any(caps)):
-        raise UserError("not all of its layers have a learned logit in their softmax, or they cap the others.")
-    model = Foreign(theirs, _blocks(base, calls), spec, [s for s in sinks if s is not None]).eval()
+    if any(cap is not None and s is not None for cap, s in zip(caps, sinks, strict=True)):
+        raise UserError("it caps its logits beside a learned one in its softmax.")
+    model = Foreign(theirs, _blocks(base, calls), spec, sinks).eval()
     _check_attention(model, calls)
     theirs.set_attn_implementation("eager")
     with _rotating(tables):
@@ -268,12 +279,16 @@ def _positions(
     here: Tensor,
     at_here: tuple[list[Call], Tensor],
     context: int,
-) -> tuple[list[Turn | None], bool]:
-    """How each layer rotates, and whether positions matter otherwise; raises UserError if that is not all."""
+) -> tuple[list[Turn | None], bool, bool]:
+    """How each layer rotates, whether positions are embedded, and whether they scale queries.
+
+    Raises:
+        UserError: that is not all.
+    """
     ways = _ways(tables)
     there = torch.linspace(1, min(context, SPREAD) - 1, TOKENS).long()[None]
     moved = _trace(base, ids, there)
-    learned = not _same(at_here, moved)
+    learned = not _same(at_here, moved, but=("q",))
     turns: list[Turn | None] | None = None
     for positions, plain in ((there, moved), (here, at_here)):
         with _rotating(tables):
@@ -286,14 +301,26 @@ def _positions(
         turns = found
     assert turns is not None
     # An embedding of positions has none so far away.
-    if any(turns) if learned else not _same(at_here, _trace(base, ids, here + FAR)):
+    elsewhere = [] if learned else [moved, _trace(base, ids, here + FAR)]
+    if (learned and any(turns)) or not all(
+        _same(at_here, there, but=("q",)) and _scaled(at_here[0], there[0]) for there in elsewhere
+    ):
         raise UserError(
-            "what it does depends on positions by other means than a rotation (a scale of attention that grows with "
-            "the text, as in Llama 4 and Ministral 3, for one)."
+            "what it does depends on positions by other means than a rotation, a scale of queries or an embedding."
         )
     if _ways(tables) != ways:
         raise UserError("how it rotates queries and keys depends on the length of the text.")
-    return turns, learned
+    return turns, learned, not all(_same(at_here, there) for there in elsewhere)
+
+
+def _scaled(here: Sequence[Call], there: Sequence[Call]) -> bool:
+    """Whether each head's query of a token is the same in two places up to a factor, which any rotation lets pass."""
+    for a, b in ((x.q, y.q) for x, y in zip(here, there, strict=True)):
+        size = a.double().square().sum(-1, keepdim=True).clamp_min(1e-30)
+        factor = (a.double() * b.double()).sum(-1, keepdim=True) / size
+        if distance(a * factor, b, worst=True) > 1:
+            return False
+    return True
 
 
 def _same(a: tuple[list[Call], Tensor], b: tuple[list[Call], Tensor], but: Sequence[str] = ()) -> bool:
@@ -367,6 +394,11 @@ def _trace(base: nn.Module, ids: Tensor, positions: Tensor) -> tuple[list[Call],
     calls: list[Call] = []
 
     def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]) -> Tensor:
+        if k.shape[2] != q.shape[2]:
+            raise UserError(
+                f"a layer attends to {k.shape[2]} keys of {q.shape[2]} tokens (keys that stand for several tokens or "
+                "for none), and not to one of each."
+            )
         calls.append(Call(module, q.clone(), k.clone(), v.clone(), getattr(mask, "rule", None), options))
         return spread_heads(v, q.shape[1]).transpose(1, 2).contiguous()
 
