@@ -164,7 +164,10 @@ def inspect_loaded(
     """Everything measured about one model, as plain data; the model goes to its device and stays there."""
     net = loaded.model.to(where, choose_dtype(dtype, where))
     short = sequences(net, ids, sizes["samples"], sizes["length"]).to(where)
-    measures = head_measures(measure(net, short))
+    measured = measure(net, short)
+    if any(isinstance(values, Tensor) and not values.isfinite().all() for values in vars(measured).values()):
+        raise UserError(f"what is measured of {loaded.name} is not finite; use float32, or check the weights.")
+    measures = head_measures(measured)
     long = long_sequences(net, ids, sizes["long"]).to(where)
     last = last_queries(net, long)
     sentences = sequences(net, ids, SENTENCES, SENTENCE + len(net.prefix_ids)).to(where)

@@ -203,6 +203,16 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_numbers_that_are_none_are_refused(text: str, tmp_path: Path) -> None:
+    net = GPTNeoX(TINY)
+    with torch.no_grad():
+        net.blocks[1].ln1.weight.fill_(torch.nan)
+    save_weights(net, tmp_path / "nan.safetensors", 0)
+    with pytest.raises(UserError, match=r"what is measured of .* is not finite"):
+        inspect_model(str(tmp_path / "nan.safetensors"), text, out=str(tmp_path / "out"), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_checkpoints_need_a_run_and_the_second_model_the_same_layers(text: str, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "vanilla", (0,))
     file = str(run / "weights" / "step-0000000.safetensors")
