@@ -163,4 +163,10 @@ def _from_text(text: str, loaded: LoadedModel) -> Text:
                 parts.append(np.array([*opening, *ids, end], dtype=np.int64))
     if not parts:
         raise UserError(f"{text} holds no text.")
+    known, highest = loaded.model.config.tokenizer_size, max(int(part.max()) for part in parts)
+    if highest >= known:
+        raise UserError(
+            f"the tokenizer of {loaded.name} gives the id {highest}, but its weights know the ids 0 .. {known - 1}: "
+            "the two do not belong together."
+        )
     return Text(np.concatenate(parts), text, np.cumsum([0, *map(len, parts)]), end, len(opening))

@@ -28,6 +28,8 @@ from sinkpretrain.weights import HUB_NAME, filled, hub_folder, read_config, weig
 METADATA_KEY = "sinkpretrain"
 SLOT_FILE = "seeded_slot.safetensors"
 """In an exported folder: the keys and values [layers, heads, D] of a mechanism that stock weights have no place for."""
+ADAPTER = "adapter_config.json"
+"""Of a folder whose weights are those of an adapter (PEFT), or that has one beside its own."""
 CHECKPOINT_VERSION = 1
 """What a checkpoint or weights file holds; raised when older code could no longer read it rightly."""
 
@@ -118,7 +120,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = torch.float32) -> L
     if given.is_dir():
         if (given / "config.yaml").is_file():
             return _load_file(newest_weights(given), given, dtype)
-        if (given / "config.json").is_file():
+        if (given / "config.json").is_file() or (given / ADAPTER).is_file():
             return _load_hf(given, dtype)
         raise UserError(
             f"{given} is neither a run directory (no config.yaml) nor a Hugging Face folder (no config.json)."
@@ -242,11 +244,21 @@ def check_version(about: Any, file: Path) -> None:
 
 def _load_hf(folder: Path, dtype: torch.dtype | None) -> LoadedModel:
     """A Hugging Face folder; one that ``sinkpretrain export`` wrote names the mechanism it was trained with."""
+    if (folder / ADAPTER).is_file():
+        raise UserError(
+            f"{folder} holds an adapter ({ADAPTER}), which is not applied here; merge it into its model "
+            "(merge_and_unload of peft) and give the folder of that."
+        )
     raw = read_config(folder)
     model: LanguageModel
     about, kind = raw.get(METADATA_KEY) or {}, raw.get("model_type")
     if not isinstance(kind, str):
         raise UserError(f"{folder / 'config.json'} does not say what kind of model it is of (model_type is {kind!r}).")
+    if raw.get("quantization_config") and (kind == "gpt_neox" or kind in FAMILIES):
+        raise UserError(
+            f"{folder} holds quantized weights (quantization_config in its config.json), which are not read for "
+            f"{kind}; give the model in 16 or 32 bits."
+        )
     if kind == "gpt_neox":
         model, files = _load_neox(folder, about, dtype)
     elif kind == METADATA_KEY:

@@ -39,7 +39,7 @@ from sinkpretrain.foreign import (
     register,
     run,
 )
-from sinkpretrain.weights import weight_files
+from sinkpretrain.weights import read_config, weight_files
 
 TOKENS = 24
 FAR = 2**20
@@ -98,6 +98,7 @@ def _or_refuse(sentence: str) -> Iterator[None]:
 
 def _load(folder: Path, dtype: torch.dtype | None) -> Any:
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -114,7 +115,10 @@ def _load(folder: Path, dtype: torch.dtype | None) -> Any:
             trust_remote_code=False,  # or it would ask
         )
     except Exception as error:
-        raise UserError(f"transformers cannot load {folder}: {(str(error).splitlines() or [''])[0]}") from error
+        raw, why = read_config(folder), (str(error).splitlines() or [""])[0]
+        if raw.get("auto_map") and raw["model_type"] not in CONFIG_MAPPING_NAMES:
+            why = f"it has no {raw['model_type']!r} model, and code that lies in a folder (auto_map) is not run."
+        raise UserError(f"transformers cannot load {folder}: {why}") from error
     finally:
         logging.set_verbosity(level)
         if bars:
@@ -140,6 +144,8 @@ def _taken_over(theirs: Any) -> Foreign:
         raise UserError("its decoder cannot be told from its output matrix.")
     with _or_refuse("transformers' own forward of it fails, so there is nothing to compare with"):
         wanted, entered = _own_forward(theirs, ids, here)
+    if not (wanted.isfinite().all() and entered.isfinite().all()):
+        raise UserError("its predictions are not finite; use float32, or check the weights.")
     with _or_refuse("its logits do not follow from its last hidden state and its output matrix alone"):
         factor, cap = _head(theirs, wanted, entered, ids)
 

@@ -65,7 +65,11 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     for single in SINGLE:
         index = folder / f"{single}.index.json"
         if index.is_file():
-            files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
+            about = read_json(index)
+            named = about.get("weight_map") if isinstance(about, dict) else None
+            if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+                raise UserError(f"{index} does not say which file holds which weights (weight_map); download it again.")
+            files = sorted({folder / name for name in named.values()})
             missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise UserError(f"{folder} lacks {missing[0]}, which {index.name} names; download it again.")

@@ -262,6 +262,16 @@ def test_the_end_of_a_document_is_that_of_the_training_data(by: str, tmp_path: P
     assert stream(str(tmp_path / "run"), tokens=str(tmp_path / "data"), out=str(tmp_path / "p"), **where)
 
 
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "<|endoftext|>": 1, "far": 96}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ours = make_run(tmp_path / "run", MECHANISMS["vanilla"], tmp_path / "tokenizer.json")
+    (tmp_path / "a.txt").write_text("far and " * 20)
+    with pytest.raises(UserError, match=r"tokenizer of run gives the id 96, but its weights know the ids 0 \.\. 95"):
+        stream(str(ours), text=str(tmp_path / "a.txt"), cache="1+3", out=str(tmp_path / "o"), progress=False)
+
+
 def test_the_end_of_a_document_is_what_the_tokenizers_folder_says(tmp_path: Path) -> None:
     """Llama's tokenizer.json has no word for it, tokenizer_config.json beside it does; half a surrogate pair, which
     JSON can hold, is a character that cannot be read."""

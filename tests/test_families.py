@@ -178,6 +178,10 @@ def test_split_and_old_files(made, tmp_path: Path) -> None:
     files[0].unlink()
     with pytest.raises(UserError, match=rf"lacks {files[0].name}.*download it again"):
         load_decoder(split)
+    for index in ('{"metadata": {}}', '{"weight_map": {"lm_head.weight": 1}}', "[]"):
+        (split / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(UserError, match=r"index\.json does not say which file holds which weights"):
+            load_decoder(split)
 
 
 def test_files_of_the_bare_model(made, tmp_path: Path) -> None:
@@ -209,6 +213,8 @@ def changed(folder: Path, to: Path, **options: object) -> Path:
         ("llama", {"intermediate_size": 40}, "do not fit their own configuration"),
         ("llama", {"num_attention_heads": "four"}, "cannot be understood"),
         ("llama", {"model_type": ["llama"]}, "does not say what kind of model"),
+        ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "holds quantized weights .* for llama"),
+        ("llama", {"model_type": "x", "auto_map": {"AutoConfig": "x.X"}}, "has no 'x' model, and code that lies in a"),
         ("mistral", {"sliding_window": 0}, "sliding_window 0 is no window"),
         ("qwen2", {"layer_types": ["chunked_attention"] * 3}, "layer_types with 'chunked_attention' among them"),
         ("mistral", {"layer_types": ["full_attention"] * 2}, "(2 of them are not supported|must be equal)"),
@@ -287,6 +293,17 @@ def test_unreadable_weights(made, tmp_path: Path) -> None:
         load_model(folder)
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(UserError, match="holds no weights"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_adapters_are_not_applied(whole: bool, made, tmp_path: Path) -> None:
+    """transformers would load such an adapter beside a model's weights, so these alone are another model."""
+    folder = changed(made("llama")[1], tmp_path / "tuned")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    if not whole:
+        (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"holds an adapter .* merge it into its model"):
         load_model(folder)
 
 

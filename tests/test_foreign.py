@@ -310,6 +310,17 @@ def test_commands_take_them(made: Made, tmp_path: Path) -> None:
     assert {"0+16", "4+12", "0+16-nocolumn"} <= results["settings"].keys()
 
 
+def test_a_column_in_some_layers_is_shown_in_those(made: Made, tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", ids_for(300))
+    out = tmp_path / "out"
+    words = ["--tokens", str(tmp_path / "ids.npy"), "--out", str(out), "--progress", "false"]
+    assert main(["inspect", str(made("mimo_v2_flash")[1]), *words, "--samples", "4"]) == 0
+    results = json.loads((out / "inspect.json").read_text())
+    has = [entry["column"] is not None for entry in results["average_logits"]]
+    assert [entry["layer"] for entry in results["average_logits"]] == [0, 1, 2, 3]
+    assert has == [True, False] * 2 == [np.mean(layer) > 0 for layer in results["measures"]["column"]]
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "phi3": ({"rope_parameters": {
         "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
@@ -383,6 +394,9 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
         save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(UserError, match=f"^the weights in .* do not fit its config.json .*{what}"):
             load_model(folder)
+    save_file(state | {name: torch.full_like(state[name], torch.nan)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match="cannot be streamed exactly: its predictions are not finite"):
+        load_model(folder)
     (folder / "config.json").write_text('{"model_type": "no such thing"}')
     with pytest.raises(UserError, match=r"^transformers cannot load .*no such thing"):
         load_model(folder)
