@@ -111,11 +111,8 @@ def model_config(folder: Path) -> ModelConfig:
     raw = read_config(folder)
     # transformers 5 writes the rotary settings into rope_parameters, older versions beside the others.
     rope = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or rope
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        raise UserError(f"{folder} scales its rotary positions ({scaling}), which is not supported for gpt_neox.")
-    if raw.get("tie_word_embeddings") or raw.get("hidden_act", "gelu") != "gelu":
-        raise UserError(f"{folder} ties its embeddings or uses another activation than gelu, unlike Pythia.")
+    if (what := unlike_pythia(raw)) is not None:
+        raise UserError(f"{folder} {what}, unlike what is trained here.")
     try:
         settings = {
             "n_layer": raw["num_hidden_layers"],
@@ -136,6 +133,16 @@ def model_config(folder: Path) -> ModelConfig:
         return from_dict(ModelConfig, settings)
     except UserError as error:
         raise UserError(f"{folder / 'config.json'} cannot be understood: {error}") from error
+
+
+def unlike_pythia(raw: dict[str, Any]) -> str | None:
+    """What a gpt_neox configuration asks for that ``GPTNeoX`` does not compute (GPT-NeoX-20B: gelu_fast), or None."""
+    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        return f"scales its rotary positions ({scaling})"
+    if raw.get("tie_word_embeddings") or raw.get("hidden_act", "gelu") != "gelu":
+        return "ties its embeddings or uses another activation than gelu"
+    return None
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:

@@ -259,7 +259,7 @@ def _load_hf(folder: Path, dtype: torch.dtype | None) -> LoadedModel:
             f"{folder} holds quantized weights (quantization_config in its config.json), which are not read for "
             f"{kind}; give the model in 16 or 32 bits."
         )
-    if kind == "gpt_neox":
+    if kind == "gpt_neox" and (about or hf.unlike_pythia(raw) is None):
         model, files = _load_neox(folder, about, dtype)
     elif kind == METADATA_KEY:
         model, files = _load_own(folder, raw, dtype)

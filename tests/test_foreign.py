@@ -80,6 +80,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 16,
         "first_k_dense_replace": 1,
     },  # the last third of the dimensions rotated, neighbours, values larger than keys
+    "gpt_neox": {
+        "num_key_value_heads": None,
+        "hidden_act": "gelu_fast",
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 0.5},
+    },  # as GPT-NeoX-20B and others: nothing that is trained here
     "nanochat": {},  # rotated backwards; capped logits
     "ministral3": {
         "head_dim": 8,
@@ -183,6 +188,7 @@ def test_blocks_equal_the_token_loop(kind: str, positions, taken_over) -> None:
         ("phi", "absolute", lambda t, size: t),
         ("deepseek_v3", "absolute", lambda t, size: t),
         ("nanochat", "absolute", lambda t, size: t),
+        ("gpt_neox", "absolute", lambda t, size: t),
         ("ministral3", "absolute", lambda t, size: t),
         ("opt", "absolute", lambda t, size: t),
         ("opt", "in-cache", lambda t, size: min(t, size)),
@@ -262,6 +268,7 @@ def test_a_learned_logit_is_the_column_that_can_be_left_out(made: Made, taken_ov
     kept, dropped = (stream_nll(ours, ids, Cache(0, 12), drop_column=drop) for drop in (False, True))
     assert np.abs(kept - dropped).max() > 1e-3
     assert load_model(made("gpt_oss")[1]).label == "sink_logit"
+    assert isinstance(load_model(made("gpt_neox")[1]).model, Foreign)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,9 @@ from sinkpretrain.files import sha256_file
 from sinkpretrain.load import METADATA_KEY, load_model, newest_weights
 from sinkpretrain.model import GPTNeoX
 
+OURS = {METADATA_KEY: {"model": to_dict(TINY), "sink": to_dict(SinkConfig())}}
+"""What an exported folder says about itself."""
+
 
 def run_with(folder: Path, net: GPTNeoX, *steps: int) -> Path:
     folder.mkdir()
@@ -123,9 +126,10 @@ def test_old_rotary_settings_are_read(tmp_path: Path) -> None:
     ("changes", "problem"),
     [
         ({"model_type": "mamba"}, "do not fit its config.json .missing keys: backbone"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "scales its rotary"),
-        ({"tie_word_embeddings": True}, "ties its embeddings"),
-        ({"hidden_act": "gelu_new"}, "another activation"),
+        (OURS | {"rope_parameters": {"rope_type": "yarn"}}, "scales its rotary"),
+        (OURS | {"tie_word_embeddings": True}, "ties its embeddings"),
+        (OURS | {"hidden_act": "gelu_new"}, "another activation"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "depends on the length"),
         ({"num_hidden_layers": 4}, "lack 'gpt_neox.layers.3"),
         ({"num_hidden_layers": 2}, "hold 'gpt_neox.layers.2"),
         ({"vocab_size": 64}, "do not fit their own configuration"),
