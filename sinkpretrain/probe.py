@@ -97,15 +97,20 @@ def _or_refuse(sentence: str) -> Iterator[None]:
 
 
 def _load(folder: Path, dtype: torch.dtype | None) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.utils import logging
 
+    raw = read_config(folder)
+    kind = raw["model_type"]
+    sees = kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # images too, as the folders of Ministral 3
+    sees &= kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # what it would warn of is refused below
     logging.disable_progress_bar()
     try:
-        theirs, found = AutoModelForCausalLM.from_pretrained(
+        theirs, found = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
             folder,
             dtype=dtype or "auto",
             attn_implementation="eager",
@@ -115,9 +120,11 @@ def _load(folder: Path, dtype: torch.dtype | None) -> Any:
             trust_remote_code=False,  # or it would ask
         )
     except Exception as error:
-        raw, why = read_config(folder), (str(error).splitlines() or [""])[0]
-        if raw.get("auto_map") and raw["model_type"] not in CONFIG_MAPPING_NAMES:
-            why = f"it has no {raw['model_type']!r} model, and code that lies in a folder (auto_map) is not run."
+        why = (str(error).splitlines() or [""])[0]
+        if raw.get("auto_map") and kind not in CONFIG_MAPPING_NAMES:
+            why = f"it has no {kind!r} model, and code that lies in a folder (auto_map) is not run."
+        elif why.startswith("Unrecognized configuration class"):
+            why = f"a {kind!r} model is none that predicts the next token of a text."
         raise UserError(f"transformers cannot load {folder}: {why}") from error
     finally:
         logging.set_verbosity(level)

@@ -328,6 +328,24 @@ def test_a_column_in_some_layers_is_shown_in_those(made: Made, tmp_path: Path) -
     assert has == [True, False] * 2 == [np.mean(layer) > 0 for layer in results["measures"]["column"]]
 
 
+@pytest.mark.parametrize(("kind", "text"), [("mistral3", "ministral3"), ("gemma3", "gemma3_text")])
+def test_models_that_also_see_read_text(kind: str, text: str, tmp_path: Path) -> None:
+    """Folders of Ministral 3 and Gemma 3 hold a model of images and text around the one of text."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    about = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        kind,
+        text_config=SHAPE | MODELS[text] | {"model_type": text},
+        vision_config=about | {"image_size": 28, "patch_size": 14},
+    )
+    torch.manual_seed(0)
+    theirs = sharpened(AutoModelForImageTextToText.from_config(config, attn_implementation="eager").float().eval())
+    ours, ids = load_foreign(save(theirs, tmp_path / "m"))[0], ids_for(60)
+    assert ours.config.family == text
+    assert np.abs(dense_nll(ours, ids, block=17) - own_nll(theirs, ids)).max() < 5e-5
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "phi3": ({"rope_parameters": {
         "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
@@ -406,4 +424,7 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
         load_model(folder)
     (folder / "config.json").write_text('{"model_type": "no such thing"}')
     with pytest.raises(UserError, match=r"^transformers cannot load .*no such thing"):
+        load_model(folder)
+    (folder / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(UserError, match=r"^transformers cannot load .*: a 'vit' model is none that predicts the next"):
         load_model(folder)
