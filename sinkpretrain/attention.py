@@ -327,8 +327,8 @@ def weighed_keys(logits_BHTS: list[Tensor], visible_TS: list[Tensor], v_BHSD: li
 
 
 def weighted_values(weights_BHTS: Tensor, mass_BHT: Tensor, v_BHSD: Tensor, column: Column | None) -> Tensor:
-    """The output, fp32 [B, H, T, D], of what ``attention_weights`` returned."""
-    out = weights_BHTS @ spread_heads(v_BHSD, weights_BHTS.shape[1]).float()
+    """The output, at least fp32 [B, H, T, D], of what ``attention_weights`` returned."""
+    out = weights_BHTS @ spread_heads(v_BHSD, weights_BHTS.shape[1]).to(weights_BHTS.dtype)
     if column is None or column.value is None:
         return out
     return out + mass_BHT.unsqueeze(-1) * column.value.unsqueeze(-2)

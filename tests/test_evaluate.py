@@ -296,6 +296,14 @@ def test_the_end_of_a_document_is_what_the_tokenizers_folder_says(tmp_path: Path
     assert [r["settings"]["1+2-documents"]["scored"] for r in (apart, behind)] == [10, 11]
 
 
+def test_float64_is_the_same_in_blocks_and_token_by_token(mechanism: SinkConfig, tokens: Path, tmp_path: Path) -> None:
+    ours, out = make_run(tmp_path / "run", mechanism), tmp_path / "o"
+    kwargs = {"tokens": str(tokens), "cache": "4+12", "max_tokens": 60, "dtype": "float64", "progress": False}
+    stream(str(ours), strategy="streaming,token-loop", out=str(out), **kwargs)
+    blocks, loop = (np.load(out / name / "nll.npy") for name in ("4+12", "4+12-token-loop"))
+    assert np.abs(blocks - loop).max() < 2e-5
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bits_stay_close_and_are_scored_in_fp32(dtype: str, run: Path, tokens: Path, tmp_path: Path) -> None:
     kwargs = {"tokens": str(tokens), "cache": "4+12", "progress": False}
