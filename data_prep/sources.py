@@ -4,6 +4,7 @@ A source is a list of units (files or one data set), each a sequence of document
 A document is an iterator of text blocks, so that a single file of any size passes through in bounded memory.
 """
 
+import codecs
 import contextlib
 import glob
 import gzip
@@ -366,7 +367,7 @@ def _format_of(path: Path) -> str:
     return (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix
 
 
-def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
+def _decompressed(path: Path, raw: io.BufferedReader) -> io.BufferedReader:
     if path.suffix == ".gz":
         return io.BufferedReader(gzip.GzipFile(fileobj=raw), _BLOCK)
     if path.suffix == ".xz":
@@ -404,15 +405,20 @@ class _ZstdReader(io.RawIOBase):
         return n
 
 
-def _plain_text(path: Path, stream: IO[bytes]) -> Iterator[str]:
-    """Blocks of a text file; bytes that are not UTF-8 become U+FFFD, one odd file must not end a long run."""
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
+def _plain_text(path: Path, stream: io.BufferedReader) -> Iterator[str]:
+    """Blocks of a text file in UTF-8, or in UTF-16 if its mark is there (Windows); what is not that becomes U+FFFD.
+
+    One odd file must not end a long run.
+    """
+    marked = stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    text = io.TextIOWrapper(stream, encoding="utf-16" if marked else "utf-8-sig", errors="replace", newline="")
     unread = 0
     while block := text.read(_BLOCK):
         unread += block.count("\ufffd")
         yield block
     if unread:
-        message = f"{path} is not UTF-8: {unread:,} characters became U+FFFD; convert it (iconv) or leave it out."
+        code = "UTF-16" if marked else "UTF-8"
+        message = f"{path} is not {code}: {unread:,} characters became U+FFFD; convert it (iconv) or leave it out."
         warnings.warn(message, stacklevel=2)
 
 

@@ -1,5 +1,6 @@
 """Preparation end to end: the same bytes whatever the workers, the interruptions and the form of the text."""
 
+import codecs
 import contextlib
 import gzip
 import json
@@ -543,9 +544,11 @@ def test_folder_glob_and_plain_text(tmp_path: Path) -> None:
     (tmp_path / "b" / "one.md").write_text("\ufeffone\r\ntwo", encoding="utf-8", newline="")
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress("été\n".encode()))
     (tmp_path / "c.py").write_bytes(b"caf\xe9")  # not UTF-8
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress("dé\r\n".encode("utf-16")))  # with its mark, as Windows writes it
+    (tmp_path / "e.txt").write_bytes(codecs.BOM_UTF16_BE + "é".encode("utf-16-be") + b"x")  # cut short
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
     with pytest.warns(UserWarning, match=r"files of other formats in .* are not read: image\.png\."):
-        assert read(tmp_path) == ["été\n", "one\r\ntwo", "caf\ufffd"]
+        assert read(tmp_path) == ["été\n", "one\r\ntwo", "caf\ufffd", "dé\r\n", "é\ufffd"]
     assert read(f"{tmp_path}/**/*.md") == ["one\r\ntwo"]
 
 
