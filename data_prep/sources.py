@@ -23,7 +23,7 @@ from typing import IO, Any, Protocol
 
 import zstandard
 
-from sinkpretrain.errors import UserError
+from sinkpretrain.errors import UserError, first_line
 from sinkpretrain.tokens import MANIFEST_NAME, TOKENIZER_NAME
 
 PLAIN_TEXT = (".txt", ".md", ".rst", ".py")
@@ -201,10 +201,9 @@ class HubUnit:
                     streaming=options.streaming,
                 )
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"data set {self.name} (subset {options.subset}, split {options.split}) cannot be loaded "
-                f"({reason}): check the name, --subset, --split and the network."
+                f"({first_line(error)}): check the name, --subset, --split and the network."
             ) from error
         if data.column_names is not None:  # unknown before the first row of some streamed data sets
             if self.column not in data.column_names:
@@ -273,9 +272,8 @@ def _hub_commit(name: str, hub: HubOptions) -> tuple[str | None, bool]:
         return None, True  # no such revision, or a fault of the Hub's: load_dataset says which
     except Exception as error:  # out of reach, by whatever name the network's library calls that
         if not _is_cached(name, hub):
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"{nothing}, and the Hub cannot be asked for a data set of that name ({reason}): "
+                f"{nothing}, and the Hub cannot be asked for a data set of that name ({first_line(error)}): "
                 "check the name, or the network."
             ) from error
         return None, False

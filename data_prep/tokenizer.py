@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from sinkpretrain.errors import UserError
+from sinkpretrain.errors import UserError, first_line
 from sinkpretrain.files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
@@ -361,7 +361,7 @@ def _hub_tokenizer(name: str) -> TokenizerFile:
         advice = "give a file, a folder or a Hub name"
         if Path(name).is_dir():
             advice = "it has no tokenizer.json; give a folder that has one, a file or a Hub name"
-        raise UserError(f"tokenizer {name} cannot be loaded ({_first_line(error)}): {advice}.") from error
+        raise UserError(f"tokenizer {name} cannot be loaded ({first_line(error)}): {advice}.") from error
     return TokenizerFile(content, tokenizer.eos_token)
 
 
@@ -381,9 +381,5 @@ def _hub_fault(name: str) -> str | None:
     except errors.HfHubHTTPError:
         return None
     except Exception as error:  # by whatever name the network's library calls that
-        return _first_line(error)
+        return first_line(error)
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -23,7 +23,7 @@ from sinkpretrain.config import ModelConfig
 from sinkpretrain.decode import Engine, Outbox, Replayed, TokenStream
 from sinkpretrain.decoder import Decoder, Rotary, Spec
 from sinkpretrain.device import choose_device, choose_dtype, peak_memory
-from sinkpretrain.errors import UserError
+from sinkpretrain.errors import UserError, first_line
 from sinkpretrain.files import write_json
 from sinkpretrain.language import LanguageModel
 from sinkpretrain.model import GPTNeoX
@@ -128,7 +128,7 @@ def bench_decode(
             try:
                 report["figures"].append(_show(measure(job, held[1], seconds, profile), ceiling))
             except Exception as error:  # a figure that fails must not cost the others
-                report["left_out"].append(f"{job}: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+                report["left_out"].append(f"{job}: {type(error).__name__}: {first_line(error)}")
                 print(report["left_out"][-1], flush=True)
             write_json(Path(out), report)
     finally:  # of an interrupted run too, what there is

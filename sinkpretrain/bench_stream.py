@@ -24,7 +24,7 @@ from sinkpretrain.band import FOLD, KERNELS, Kernel, masked
 from sinkpretrain.bench_decode import SHAPES, build, known_names
 from sinkpretrain.cache import Cache
 from sinkpretrain.device import choose_device, choose_dtype, peak_memory
-from sinkpretrain.errors import UserError
+from sinkpretrain.errors import UserError, first_line
 from sinkpretrain.files import write_json
 from sinkpretrain.language import LanguageModel
 from sinkpretrain.ops import can_compile, compiled
@@ -135,8 +135,7 @@ class Bench:
                 flush=True,
             )
         except Exception as error:
-            why = (str(error).strip().splitlines() or [""])[0]
-            self.report["failed"].append(f"{title}: {type(error).__name__}: {why}")
+            self.report["failed"].append(f"{title}: {type(error).__name__}: {first_line(error)}")
             print(self.report["failed"][-1], flush=True)
         write_json(self.out, self.report)
         return figure

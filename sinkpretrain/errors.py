@@ -31,6 +31,11 @@ def out_of_memory(error: RuntimeError) -> Literal["GPU", "host"] | None:
     return "host" if "DefaultCPUAllocator: " in str(error) else None
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception of somebody else's says, as far as it fits into a sentence; its kind if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def meant(name: str, known: Collection[str], known_are: str = "known:") -> str:
     """The end of a sentence about a name that is not known: the one that was meant, or all there are."""
     near = difflib.get_close_matches(name, known, n=1)

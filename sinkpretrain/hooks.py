@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sinkpretrain import sinks
 from sinkpretrain.config import ModelConfig, SinkConfig
-from sinkpretrain.errors import UserError
+from sinkpretrain.errors import UserError, first_line
 from sinkpretrain.mechanism import Column, Mechanism, Vocabulary
 
 TOLERANCE = 1e-4
@@ -85,7 +85,7 @@ def _errors_named(mechanism: Mechanism, hook: str, when: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        why = str(error).partition("\n")[0].rstrip(".")
+        why = first_line(error).rstrip(".")
         if not isinstance(error, RuntimeError | TypeError):  # such as KeyError, whose text alone says nothing
             why = f"{type(error).__name__}: {why}"
         raise _refuse(mechanism, hook, f"fails {when} ({why})") from error

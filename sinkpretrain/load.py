@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sinkpretrain import hf, outside, sinks
 from sinkpretrain.config import ModelConfig, RunConfig, SinkConfig, from_dict, load_yaml, to_dict
-from sinkpretrain.errors import UserError
+from sinkpretrain.errors import UserError, first_line
 from sinkpretrain.families import FAMILIES, load_decoder
 from sinkpretrain.files import sha256_file, write_atomically
 from sinkpretrain.language import LanguageModel
@@ -224,8 +224,7 @@ def read_checkpoint(file: Path, map_location: Any = "cpu", mmap: bool = True) ->
             "use one from a source you trust, in its plain form."
         ) from error
     except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise UserError(f"cannot read the checkpoint {file}: it is damaged ({first_line}).") from error
+        raise UserError(f"cannot read the checkpoint {file}: it is damaged ({first_line(error)}).") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f"cannot read the checkpoint {file}: it holds something else than a training run's state.")
     check_version(checkpoint.get(METADATA_KEY), file)

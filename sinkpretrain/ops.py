@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sinkpretrain.errors import first_line
+
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 if HAVE_TRITON:
     # Here and not where it is used: an import inside compiled code would break its graph.
@@ -58,7 +60,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # of a compiler there is no end of what may fail
-                name, why = getattr(function, "__name__", "a function"), str(error).strip().partition("\n")[0]
+                name, why = getattr(function, "__name__", "a function"), first_line(error)
                 warnings.warn(f"{name} is not compiled ({why}); the same numbers, more slowly.", stacklevel=2)
                 fast = None
         return function(*args)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sinkpretrain.attention import angle_tables, rotate, spread_heads, visible_keys
 from sinkpretrain.decoder import Rotary
-from sinkpretrain.errors import UserError
+from sinkpretrain.errors import UserError, first_line
 from sinkpretrain.foreign import (
     INTERFACE,
     TRACED,
@@ -92,7 +92,7 @@ def _or_refuse(sentence: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        about = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}".removesuffix(".")
+        about = f"{type(error).__name__}: {first_line(error)}".removesuffix(".")
         raise UserError(f"{sentence} ({about}).") from error
 
 
@@ -120,7 +120,7 @@ def _load(folder: Path, dtype: torch.dtype | None) -> Any:
             trust_remote_code=False,  # or it would ask
         )
     except Exception as error:
-        why = (str(error).splitlines() or [""])[0]
+        why = first_line(error)
         if raw.get("auto_map") and kind not in CONFIG_MAPPING_NAMES:
             why = f"it has no {kind!r} model, and code that lies in a folder (auto_map) is not run."
         elif why.startswith("Unrecognized configuration class"):

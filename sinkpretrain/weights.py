@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sinkpretrain.errors import UserError
+from sinkpretrain.errors import UserError, first_line
 from sinkpretrain.files import read_json
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -119,7 +119,7 @@ def hub_folder(name: str) -> Path:
             "(no network, or HF_HUB_OFFLINE is set); give a folder."
         ) from error
     except Exception as error:
-        raise UserError(f"cannot get {name} from the Hugging Face Hub: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot get {name} from the Hugging Face Hub: {first_line(error)}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from sinkpretrain.device import choose_device, choose_dtype
-from sinkpretrain.errors import UserError
+from sinkpretrain.errors import UserError, first_line
 from sinkpretrain.files import read_json, sha256_file, write_json
 from sinkpretrain.load import METADATA_KEY, LoadedModel, load_model
 from sinkpretrain.model import GPTNeoX
@@ -179,9 +179,8 @@ def _harness_model(model: str, loaded: LoadedModel | None, device: torch.device,
         try:
             return hugging_face(pretrained=model, device=str(device), **how)
         except Exception as error:  # of transformers, for whatever is wrong with a folder
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"{model} cannot be loaded by transformers, which the harness leaves it to: {why}"
+                f"{model} cannot be loaded by transformers, which the harness leaves it to: {first_line(error)}"
             ) from error
     from sinkpretrain.texts import TextCodec
 
@@ -229,7 +228,7 @@ def evaluate(lm: Any, tasks: list[str], folder: Path | None, limit: int | None) 
         ) from error
     except (ConnectionError, FileNotFoundError) as error:
         raise UserError(
-            f"the data of {', '.join(tasks)} cannot be had ({str(error).splitlines()[0]}); give them with --local."
+            f"the data of {', '.join(tasks)} cannot be had ({first_line(error)}); give them with --local."
         ) from error
     return found | {"lm_eval_version": lm_eval.__version__}
 

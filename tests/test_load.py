@@ -189,3 +189,12 @@ def test_a_mechanism_that_is_not_at_hand_is_named_with_its_file(tmp_path: Path) 
     )
     with pytest.raises(UserError, match=rf"^{folder}: unknown sink mechanism 'x'"):
         load_model(folder)
+
+
+def test_what_the_hubs_library_fails_with_may_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(UserError, match=r"cannot get owner/model from the Hugging Face Hub: TimeoutError"):
+        load_model("owner/model")
