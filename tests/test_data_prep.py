@@ -644,7 +644,11 @@ def hub_requests(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         place = f"http://127.0.0.1:{server.server_port}"
         for settings_, name in ((huggingface_hub.constants, "ENDPOINT"), (datasets.config, "HF_ENDPOINT")):
             monkeypatch.setattr(settings_, name, place)
+        for settings_ in (huggingface_hub.constants, datasets.config):  # CI is offline, this Hub is not
+            monkeypatch.setattr(settings_, "HF_HUB_OFFLINE", False)
+        huggingface_hub.close_session()  # one that was opened offline stays so
         yield asked
+        huggingface_hub.close_session()
         server.shutdown()
         thread.join()
 
