@@ -347,7 +347,20 @@ def export(argv: Sequence[str]) -> int:
     from sinkpretrain.export import export as run
     from sinkpretrain.exporters import FORMS
 
-    values = _arguments("export", run, argv)
+    parser = Parser("export", description=(run.__doc__ or "").partition("\n\n")[0])
+    parser.add_function_arguments(run, as_group=False, as_positional=True, skip={"out"})
+    # The folder is a flag, as of every command that writes; by its place it may be given too, as of cp.
+    parser.add_argument("folder", nargs="?", type=str, help="the same as --out")
+    parser.add_argument("--out", type=str, help="folder to make")
+    values = parser.parse(argv)
+    given = [folder for folder in (values.pop("folder"), values.pop("out")) if folder]
+    if len(given) != 1:
+        raise UserError(
+            f"the folder to make is given twice, {given[0]} and {given[1]}; give it once."
+            if given
+            else "--out, the folder to make, must be given; see --help."
+        )
+    values["out"] = given[0]
     transformers.utils.logging.disable_progress_bar()  # of weights read back in no time
     exported = run(**values)
     print(f"exported to {exported.folder}, reloaded and checked: {FORMS[exported.form]}.")

@@ -64,7 +64,9 @@ def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> Non
     ("command", "sentence"),
     [
         ("trian", "did you mean train?"),
-        ("export runs/a --out b", "there is no flag --out: out is given by its place; see --help."),
+        ("export --model runs/a b", "there is no flag --model: model is given by its place; see --help."),
+        ("export runs/a", "export: --out, the folder to make, must be given; see --help."),
+        ("export runs/a b --out c", "export: the folder to make is given twice, b and c; give it once."),
         ("train --modle.n-layer 3", "there is no flag --modle.n-layer; did you mean --model.n-layer?"),
         ("train --config pythia-16m", "did you mean pythia-160m?"),
         ("train --config pythia-160m --data.batch-size many", "--data.batch-size must be int, not 'many'."),
@@ -180,7 +182,7 @@ def test_train_stream_compare_export(data: Path, tmp_path: Path, capsys: pytest.
     capsys.readouterr()
     run, folder = tmp_path / "runs" / "zero-sink", tmp_path / "hf"
     (run / "tokenizer.json").unlink()  # the toy data's is none
-    assert main(["export", str(run), str(folder)]) == 0
+    assert main(["export", str(run), "--out", str(folder)]) == 0
     told = capsys.readouterr().out
     assert "stock GPT-NeoX with a seeded slot" in told
     assert f"{folder / 'README.md'} says how to load it" in told
