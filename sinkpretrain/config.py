@@ -120,7 +120,8 @@ class DataConfig:
     """Which tokens, in which order.
 
     Args:
-        path: directory written by ``sinkpretrain prepare``, or prefix of a Megatron/GPT-NeoX ``.bin``/``.idx`` pair.
+        path: directory written by ``sinkpretrain prepare``, or prefix of a Megatron/GPT-NeoX ``.bin``/``.idx`` pair, or
+            a directory that holds one such pair.
         validation_path: prefix of another pair to validate on; by default the directory's validation split.
         batch_size: samples per optimizer step, over all devices (StreamingLLM's run: 256).
         seed: seed of the shuffle; not the seed of the initial weights.

@@ -22,7 +22,7 @@ from torch import Tensor
 from sinkpretrain.config import MAX_SINK_TOKENS, DataConfig, ModelConfig
 from sinkpretrain.errors import UserError
 from sinkpretrain.ops import IGNORED
-from sinkpretrain.tokens import Manifest, SplitRecord, TokenFile, open_split
+from sinkpretrain.tokens import MANIFEST_NAME, Manifest, SplitRecord, TokenFile, open_split
 
 Indices = NDArray[np.int64]
 
@@ -291,7 +291,7 @@ def open_data(config: DataConfig) -> Tokens:
     """Open what the configuration names; raises UserError if it is missing, damaged or not token data."""
     if not config.path:
         raise UserError("data.path is not set; give the folder that `sinkpretrain prepare` wrote.")
-    path = Path(config.path)
+    path = _lone_pair(Path(config.path))
     manifest = tokenizer = validation = None
     if path.is_dir():
         train = open_split(path, "train")
@@ -304,6 +304,19 @@ def open_data(config: DataConfig) -> Tokens:
     if config.validation_path:
         validation = TokenFile.open(config.validation_path)
     return Tokens(train, validation, manifest, tokenizer)
+
+
+def _lone_pair(path: Path) -> Path:
+    """The prefix of the one pair in a folder that ``prepare`` did not write, as Pythia's are published; or ``path``."""
+    pairs = sorted(p.with_suffix("") for p in path.glob("*.idx"))
+    # A folder of ``prepare`` that lost its manifest is no bare pair: its tokenizer and validation would be lost unsaid.
+    if (path / MANIFEST_NAME).exists() or not pairs or {p.name for p in pairs} & {"train", "validation"}:
+        return path
+    if len(pairs) > 1:
+        raise UserError(
+            f"{path} has several token files and no {MANIFEST_NAME}: give one of them, for example {pairs[0]}."
+        )
+    return pairs[0]
 
 
 def training_order(config: DataConfig, samples: Samples) -> Order:

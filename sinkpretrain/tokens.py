@@ -16,6 +16,7 @@ pre-shuffled files hold rows of 2,049 tokens, each of them one training sample.
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import mmap
@@ -82,6 +83,13 @@ class TokenFile:
         """
         prefix = _without_suffix(Path(prefix))
         bin_path, idx_path = _pair(prefix)
+        # Pythia's files are published in numbered parts, whose bytes follow each other.
+        parts = sorted(prefix.parent.glob(f"{glob.escape(prefix.name)}-*-of-*.bin"))
+        if parts and not bin_path.is_file():
+            raise UserError(
+                f"{bin_path} lies in parts, {parts[0].name} and so on ({len(parts)}): join them first, as in "
+                f"cat {prefix}-*-of-*.bin > {bin_path}."
+            )
         for path in (idx_path, bin_path):
             if not path.is_file():
                 raise UserError(f"token file {path} does not exist: give the path of a .bin/.idx pair, or run prepare.")

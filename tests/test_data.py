@@ -124,6 +124,39 @@ def test_preshuffled_rows_keep_their_order(tmp_path: Path) -> None:
     assert training_order(DataConfig(shuffle=True), samples)(0, 20).tolist() != list(range(20))
 
 
+def test_the_published_files_open_by_their_folder(tmp_path: Path) -> None:
+    """As Pythia's are published: one pair and no manifest, the tokens in numbered parts to be joined."""
+    pair = tmp_path / "pile_0.87 deduped"
+    with TokenWriter(pair, 96) as writer:
+        for row in range(20):
+            writer.add_document(np.full(65, row))
+    opened = open_data(DataConfig(path=str(tmp_path)))
+    assert (opened.train.row_length, opened.train.n_documents, opened.manifest) == (65, 20, None)
+
+    whole = pair.with_name(f"{pair.name}.bin")
+    tokens = whole.read_bytes()
+    whole.unlink()
+    for part in range(3):
+        start, end = (len(tokens) * n // 3 for n in (part, part + 1))
+        (tmp_path / f"{pair.name}-{part:05}-of-00002.bin").write_bytes(tokens[start:end])
+    with pytest.raises(UserError, match=r"lies in parts, pile_0\.87 deduped-00000-of-00002\.bin and so on \(3\): join"):
+        open_data(DataConfig(path=str(tmp_path)))
+    whole.write_bytes(b"".join(p.read_bytes() for p in sorted(tmp_path.glob("*-of-*.bin"))))
+    assert open_data(DataConfig(path=str(tmp_path))).train.tokens.tolist() == opened.train.tokens.tolist()
+
+    with TokenWriter(tmp_path / "other", 96) as writer:
+        writer.add_document(np.arange(90))
+    with pytest.raises(UserError, match="several token files and no manifest"):
+        open_data(DataConfig(path=str(tmp_path)))
+
+
+def test_a_prepared_folder_without_its_manifest_is_no_bare_pair(tmp_path: Path) -> None:
+    with TokenWriter(tmp_path / "train", 96) as writer:
+        writer.add_document(np.arange(90))
+    with pytest.raises(UserError, match=r"has no manifest\.json: run prepare"):
+        open_data(DataConfig(path=str(tmp_path)))
+
+
 def test_bad_data_is_refused(tmp_path: Path) -> None:
     with TokenWriter(tmp_path / "short", 96) as writer:
         writer.add_document(np.arange(50))
