@@ -40,3 +40,10 @@ def test_recipes_travel_with_the_package(wheel: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "data.path is not set" in done.stderr
+
+
+def test_every_module_is_on_the_map() -> None:
+    """Whoever looks for the place of a change finds each module in CONTRIBUTING's table."""
+    named = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    modules = {p.stem for p in (ROOT / "sinkpretrain").glob("[!_]*.py")}
+    assert {m for m in modules if f"`{m}`" not in named} == set()
