@@ -21,6 +21,7 @@ from sinkpretrain.config import RunConfig, from_dict, load_yaml, recipe_path
 from sinkpretrain.errors import UserError, meant
 from sinkpretrain.experiment import load_member
 from sinkpretrain.signals import PROCESS, launched_rank
+from sinkpretrain.startup import quick_imports
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -231,7 +232,8 @@ def _checked_recipe(name: str) -> Path:
 def train(argv: Sequence[str]) -> int:
     config, allow_changes = parse_run(argv)
     # After the flags are known to be right: Lightning takes seconds to import.
-    from sinkpretrain.train import train as run
+    with quick_imports("lightning"):
+        from sinkpretrain.train import train as run
 
     result = run(config, allow_changes, PROCESS)
     code = 0 if result.signal is None else 128 + result.signal
@@ -250,7 +252,8 @@ def _leave(code: int) -> NoReturn:
 
 
 def stream(argv: Sequence[str]) -> int:
-    from sinkpretrain.evaluate import stream as run
+    with quick_imports("torch"):
+        from sinkpretrain.evaluate import stream as run
 
     values = _arguments("stream", run, argv)
     results = run(**values)
@@ -336,7 +339,8 @@ def compare(argv: Sequence[str]) -> int:
 
 
 def generate(argv: Sequence[str]) -> int:
-    from sinkpretrain.generate import generate as run
+    with quick_imports("torch"):
+        from sinkpretrain.generate import generate as run
 
     return run(**_arguments("generate", run, argv, lists=("--stop",)))
 
@@ -414,7 +418,8 @@ def submit(argv: Sequence[str]) -> int:
 
 def doctor(argv: Sequence[str]) -> int:
     config, _ = parse_run(argv, "doctor")
-    from sinkpretrain.doctor import doctor as run
+    with quick_imports("lightning"):
+        from sinkpretrain.doctor import doctor as run
 
     findings = run(config)
     failed = [f for f in findings if f.ok is False]

@@ -208,6 +208,17 @@ def test_mistakes_answer_at_once() -> None:
     assert time.monotonic() - started < 20
 
 
+def test_what_a_command_imports_is_not_looked_through_for_garbage(tmp_path: Path) -> None:
+    """That takes longer than the imports; once they are made, the collector is there again."""
+    code = (
+        "import gc, sys; from sinkpretrain.cli import main\n"
+        "code = main(sys.argv[1:]); print(code, gc.isenabled(), gc.get_freeze_count() > 100_000)"
+    )
+    for words in (["train", "--data.path", str(tmp_path / "nothing")], ["stream", str(tmp_path / "nothing")]):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT)
+        assert done.stdout.strip() == "2 True True", done.stderr
+
+
 def test_list_shows_every_mechanism(capsys: pytest.CaptureFixture[str]) -> None:
     from sinkpretrain import sinks
 
