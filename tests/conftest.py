@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # decides at import whether kernels run on a CPU
+
+from forked import Forks
 
 from sinkpretrain.cli import main
 from sinkpretrain.config import ModelConfig, SinkConfig
@@ -77,6 +80,13 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from run_factory import make_tokenizer
 
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    forks = Forks()
+    yield forks
+    forks.close()
 
 
 @pytest.fixture

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from data_factory import make_data
-from test_train import config
+from forked import Forked, Forks
+from test_train import config, start_two
 
 from sinkpretrain import attempts, metrics
-from sinkpretrain.config import save_yaml
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -25,46 +20,35 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("attempts") / "data")
 
 
-def start_two(
-    data: Path, folder: Path, code: str = "", port: int = 0, stall_seconds: float = 1800.0
-) -> list[subprocess.Popen[str]]:
-    """Two processes of one run, started as a cluster would: neither is the other's parent."""
+def start(
+    forks: Forks,
+    data: Path,
+    folder: Path,
+    code: str = "",
+    port: int = 0,
+    stall_seconds: float = 1800.0,
+    ranks: tuple[int, ...] = (0, 1),
+) -> list[Forked]:
+    """Two processes of one run, or one of them, as in a job."""
     run = config(data, folder / "run", steps=100_000, devices=2, stall_seconds=stall_seconds)
-    save_yaml(run, folder / "recipe.yaml")
-    script = folder / "main.py"
-    script.write_text(f"import sys; from sinkpretrain.cli import main\n{code}\nsys.exit(main())\n")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = port or probe.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    return [
-        subprocess.Popen(
-            [sys.executable, str(script), "train", "--config", str(folder / "recipe.yaml")],
-            env=os.environ
-            | place
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
-            | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "7"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
+    return start_two(forks, run, folder, code=code, port=port, ranks=ranks, SLURM_JOB_ID="7")
 
 
-def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
+def finish(processes: list[Forked]) -> list[str]:
     return [p.communicate(timeout=240)[0] for p in processes]
 
 
-def wait_steps(run: Path, processes: list[subprocess.Popen[str]], step: int = 8) -> None:
+def wait_steps(run: Path, processes: list[Forked], step: int = 8) -> None:
     while not any(x["step"] > step for x in metrics.read(run)):
         assert all(p.poll() is None for p in processes), finish(processes)
         time.sleep(0.1)
 
 
-def test_a_killed_process_leaves_no_reason(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_process_leaves_no_reason(
+    forks: Forks, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    run, processes = tmp_path / "run", start_two(data, tmp_path)
+    run, processes = tmp_path / "run", start(forks, data, tmp_path)
     wait_steps(run, processes)
     assert attempts.was_lost(run)  # nothing is explained as yet
     processes[1].send_signal(signal.SIGKILL)
@@ -79,7 +63,7 @@ def test_a_killed_process_leaves_no_reason(data: Path, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("end", ["an error of one process", "SIGTERM"])
-def test_a_reason_is_given_by_whoever_has_it(end: str, data: Path, tmp_path: Path) -> None:
+def test_a_reason_is_given_by_whoever_has_it(end: str, forks: Forks, data: Path, tmp_path: Path) -> None:
     """One process fails by itself; the other only sees it go. Or both were asked to stop."""
     code = (
         "from sinkpretrain import lit\n"
@@ -89,7 +73,7 @@ def test_a_reason_is_given_by_whoever_has_it(end: str, data: Path, tmp_path: Pat
         "    return step(self, *a)\n"
         "lit.PretrainModule.training_step = fail\n"
     )
-    run, processes = tmp_path / "run", start_two(data, tmp_path, code if end != "SIGTERM" else "")
+    run, processes = tmp_path / "run", start(forks, data, tmp_path, code if end != "SIGTERM" else "")
     if end == "SIGTERM":
         wait_steps(run, processes)
         for process in processes:
@@ -116,10 +100,10 @@ IMPATIENT = (
 """Exchanges that wait for seven seconds, unless the run says otherwise; else it would take two minutes to see."""
 
 
-def test_a_suspended_job_goes_on_and_a_stopped_process_is_named(data: Path, tmp_path: Path) -> None:
+def test_a_suspended_job_goes_on_and_a_stopped_process_is_named(forks: Forks, data: Path, tmp_path: Path) -> None:
     """``scontrol suspend`` stops all processes of a job, one node a little after the other, for longer than anything
     else may take. Who is stopped alone is late, also after that."""
-    run, processes = tmp_path / "run", start_two(data, tmp_path, IMPATIENT, stall_seconds=6.0)
+    run, processes = tmp_path / "run", start(forks, data, tmp_path, IMPATIENT, stall_seconds=6.0)
     wait_steps(run, processes)
     for number, order in ((signal.SIGSTOP, processes), (signal.SIGCONT, processes[::-1])):
         for process in order:  # who waits for the other is stopped last and goes on first
@@ -137,15 +121,13 @@ def test_a_suspended_job_goes_on_and_a_stopped_process_is_named(data: Path, tmp_
     assert said.rstrip().endswith("has not been heard from.")
 
 
-def test_a_taken_port_is_named(data: Path, tmp_path: Path) -> None:
+def test_a_taken_port_is_named(forks: Forks, data: Path, tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
         port = other.getsockname()[1]
-        first, second = start_two(data, tmp_path, port=port)
-        output, _ = first.communicate(timeout=240)
-        second.kill()
-        second.communicate()
+        (first,) = start(forks, data, tmp_path, port=port, ranks=(0,))  # the other one could only wait for it
+        (output,) = finish([first])
     assert first.returncode == 2, output
     assert f"port {port} of rank 0's node is taken by another program; export another MASTER_PORT." in output
 

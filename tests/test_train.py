@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from data_factory import make_data
+from forked import Forked, Forks
 
 from sinkpretrain import lit, metrics
 from sinkpretrain.config import (
@@ -184,8 +187,6 @@ def _killed_after(step: int) -> Any:
 
 
 def test_a_damaged_checkpoint_is_passed_over(data: Path, undisturbed: Path, tmp_path: Path) -> None:
-    import shutil
-
     run = tmp_path / "damaged"
     shutil.copytree(undisturbed, run)
     newest = run / "checkpoints" / f"step-{STEPS:07d}.ckpt"
@@ -211,15 +212,7 @@ def run_command(
     config: RunConfig, folder: Path, *flags: str, stop: int = 0, code: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """``python -m sinkpretrain train`` in a process of its own, as a user would."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_yaml(config, folder / "recipe.yaml")
-    code = "import sys; from sinkpretrain.cli import main\n" + code
-    if stop:
-        code += f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        code += "from sinkpretrain import lit; from test_train import _stopper\n"
-        code += f"lit.PretrainModule._agree_to_stop = _stopper({stop})\n"
-    script = folder / f"main{stop}.py"
-    script.write_text(code + "sys.exit(main())\n")
+    script = write_script(config, folder, stop, code)
     root = Path(__file__).parent.parent
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"}
     return subprocess.run(
@@ -229,6 +222,52 @@ def run_command(
         env=environment,
         timeout=300,
     )
+
+
+def write_script(config: RunConfig, folder: Path, stop: int = 0, code: str = "") -> Path:
+    """The command line as a program with more code in front of it, beside the recipe of a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_yaml(config, folder / "recipe.yaml")
+    code = "import sys; from sinkpretrain.cli import main\n" + code
+    if stop:
+        code += f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        code += "from sinkpretrain import lit; from test_train import _stopper\n"
+        code += f"lit.PretrainModule._agree_to_stop = _stopper({stop})\n"
+    script = folder / f"main{stop}.py"
+    script.write_text(code + "sys.exit(main())\n")
+    return script
+
+
+def start_two(
+    forks: Forks,
+    config: RunConfig,
+    folder: Path,
+    *flags: str,
+    stop: int = 0,
+    code: str = "",
+    port: int = 0,
+    ranks: tuple[int, ...] = (0, 1),
+    **environment: str,
+) -> list[Forked]:
+    """Two processes of one run, or one of them, started as a cluster would: neither is the other's parent."""
+    script = write_script(config, folder, stop, code)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = port or probe.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    place |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "x"} | environment
+    words = ["train", "--config", str(folder / "recipe.yaml"), *flags]
+    return [
+        forks.start(script, *words, output=folder / f"rank{n}.log", RANK=str(n), LOCAL_RANK=str(n), **place)
+        for n in ranks
+    ]
+
+
+def run_two(forks: Forks, config: RunConfig, folder: Path, *flags: str, stop: int = 0) -> None:
+    """Two processes of a run from their start to their end, after so many steps or all of them."""
+    for process in start_two(forks, config, folder, "--training.devices", "2", *flags, stop=stop):
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == (128 + signal.SIGTERM if stop else 0), said
 
 
 def test_tokens_are_counted_across_a_change_of_batch_size(data: Path, tmp_path: Path) -> None:
@@ -242,7 +281,9 @@ def test_tokens_are_counted_across_a_change_of_batch_size(data: Path, tmp_path: 
     assert tokens == [64 * samples for samples in (8, 16, 24, 32, 48, 64)]
 
 
-def test_two_processes_resume_exactly_and_agree_with_one(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_two_processes_resume_exactly_and_agree_with_one(
+    forks: Forks, data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     """Two gloo processes: bitwise equal after a restart; equal to one process up to the order of sums.
 
     The same samples are in each step, so the losses agree to 1e-5 and the weights to 1e-3 of an lr-sized update
@@ -251,13 +292,12 @@ def test_two_processes_resume_exactly_and_agree_with_one(data: Path, undisturbed
     two = config(data, tmp_path / "two", devices=2)
     assert run_command(two, tmp_path / "a").returncode == 0
     halves = dataclasses.replace(two, out=str(tmp_path / "halves"))
-    assert run_command(halves, tmp_path / "b", stop=6).returncode == 128 + signal.SIGTERM
-    assert run_command(halves, tmp_path / "b").returncode == 0
+    run_two(forks, halves, tmp_path / "b", stop=6)
+    shutil.copytree(tmp_path / "halves", tmp_path / "changed")
+    run_two(forks, halves, tmp_path / "b")
     assert same(tmp_path / "two", tmp_path / "halves")
 
-    changed = dataclasses.replace(two, out=str(tmp_path / "changed"))
-    assert run_command(changed, tmp_path / "c", stop=6).returncode == 128 + signal.SIGTERM
-    assert run_command(changed, tmp_path / "c", "--training.devices", "1").returncode == 0
+    assert train(config(data, tmp_path / "changed", devices=1)).finished  # the other half by one process
     for other in ("two", "changed"):
         assert checkpoint(tmp_path / other)["samples_seen"] == checkpoint(undisturbed)["samples_seen"]
         for ours, theirs in zip(record(undisturbed), record(tmp_path / other), strict=True):
@@ -376,8 +416,6 @@ def test_another_configuration_is_refused(change: dict, names: str, data: Path, 
 
 
 def test_other_data_are_refused_and_moved_data_are_not(data: Path, undisturbed: Path, tmp_path: Path) -> None:
-    import shutil
-
     with pytest.raises(UserError, match="train_sha256"):
         train(config(make_data(tmp_path / "other", seed=1), undisturbed))
     shutil.copytree(data, tmp_path / "moved")
