@@ -9,6 +9,7 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from sinkpretrain import bench_decode
 from sinkpretrain.bench_decode import SHAPES, Recomputing, build, flops_per_token, jobs, pairs, table
 from sinkpretrain.bench_figures import decode_figure
 from sinkpretrain.cli import main
@@ -33,7 +34,8 @@ def test_figures_table_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "| toy | 40 |" in capsys.readouterr().out
 
 
-def test_a_strategy_that_was_not_measured_leaves_the_figure_to_the_other(tmp_path: Path) -> None:
+def test_a_strategy_that_was_not_measured_leaves_the_figure_to_the_other(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(bench_decode, "matmul_rate", lambda device: 1e12)  # seconds on a CPU
     words = ["--models", "toy", "--caches", "8", "--seconds", "0", "--recompute=false", "--drawings=false"]
     out = tmp_path / "decode.json"
     assert main(["bench", "decode", *words, "--compile=false", "--out", str(out)]) == 0

@@ -15,6 +15,12 @@ from sinkpretrain.bench_decode import build
 from sinkpretrain.cache import Cache
 from sinkpretrain.errors import UserError
 
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch) -> None:
+    monkeypatch.setattr(bench_stream, "matmul_rate", lambda device: 1e12)  # seconds on a CPU
+
+
 TOY = {"models": "toy", "cache": "4+28", "tokens": 500, "blocks": "128,64", "loop": 5, "device": "cpu"}
 
 

@@ -226,14 +226,14 @@ def test_a_file_of_100_gigabytes_is_ready_at_once_and_never_copied(tmp_path: Pat
         file.write(np.arange(documents + 1).astype("<i8").tobytes())
     model = ModelConfig(n_layer=1, d_model=16, n_head=1, context=2048, tokenizer_size=1000, vocab_size=1024)
     before, started = anonymous_bytes(), time.perf_counter()
-    data = DataConfig(path=str(tmp_path / "huge"), batch_size=256)
+    data = DataConfig(path=str(tmp_path / "huge"), batch_size=32)
     tokens = open_data(data)
     tokens.identity()
     samples = Samples(tokens.train, model, ())
-    streams = [iter(Stream(samples, training_order(data, samples), 256, rank=r, world=2)) for r in range(2)]
+    streams = [iter(Stream(samples, training_order(data, samples), 32, rank=r, world=2)) for r in range(2)]
     first = next(streams[0])
     assert time.perf_counter() - started < 5
-    assert first.ids.shape == (128, 2048)
+    assert first.ids.shape == (16, 2048)
     for stream in streams:
         for _ in range(4):
             next(stream)
