@@ -174,7 +174,7 @@ class ColumnAttention(torch.autograd.Function):
         return dq, dk, dv, d_s, d_value, None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@flash4.constant
 def _prefers_cudnn(device: torch.device) -> bool:
     """cuDNN's kernels are the fast ones on Hopper and Blackwell, as torch's own dispatch has it."""
     return torch.cuda.get_device_capability(device)[0] in (9, 10)

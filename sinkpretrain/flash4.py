@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 SWITCH = "SINKPRETRAIN_FLASH4"
 """Environment variable; 0 leaves flash-attention 4 alone."""
@@ -24,6 +28,15 @@ TOLERANCE = 2e-2
 """Relative error, in norm, that 16-bit products may have."""
 
 _trusted: set[tuple[str, torch.dtype, int]] = set()
+
+
+def constant(function: Callable[P, R]) -> Callable[P, R]:
+    """Compiled code asks such a function once, while it is compiled. Only code for GPUs has a question: a torch without
+    them is spared its compiler, which takes a second to import."""
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
+        return function
+    marked: Callable[P, R] = torch.compiler.assume_constant_result(function)  # type: ignore[no-untyped-call]
+    return marked
 
 
 # --- whether ------------------------------------------------------------------------------------------------------
@@ -69,7 +82,7 @@ def takes(q_BHTD: Tensor, k_BHSD: Tensor) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _is_trusted(device: str, dtype: torch.dtype, head_dim: int) -> bool:
     return (device, dtype, head_dim) in _trusted
 
