@@ -441,6 +441,14 @@ def test_a_long_answer_ends_zero_shot_with_a_sentence(
         (gzip.compress(b""), "is empty"),
         (gzip.compress(b'{"a": 1}\n'), "lack a column that the task's prompts are made of ('goal' is undefined)"),
     ],
+    ids=[
+        "not compressed",
+        "cut short",
+        "half an object",
+        "a list",
+        "empty",
+        "another task's",
+    ],  # the bytes hold the time
 )
 def test_data_that_are_not_a_tasks(
     content: bytes, message: str, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
