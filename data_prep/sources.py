@@ -23,6 +23,7 @@ from typing import IO, Any, Protocol
 
 import zstandard
 
+from data_prep.hub import Answer, ask, out_of_reach
 from sinkpretrain.errors import UserError, first_line
 from sinkpretrain.tokens import MANIFEST_NAME, TOKENIZER_NAME
 
@@ -235,9 +236,12 @@ def _file_source(source: str, files: list[tuple[str, Path]], column: str) -> Sou
 
 
 def _hub_source(name: str, column: str, hub: HubOptions) -> Source:
-    # The commit is pinned, so that a restart after an update of the data set continues with the same rows.
-    revision, reached = (None, True) if Path(name).exists() else _hub_commit(name, hub)
-    hub = HubOptions(hub.split, hub.subset, revision or hub.revision, hub.streaming)
+    # The commit is pinned, so that a restart after an update of the data set continues with the same rows. Asked now,
+    # and not by `load_dataset`, whose turn comes when the sources in front have been read.
+    answer = Answer(None, None) if Path(name).exists() else ask("source", "data set", name, hub.revision)
+    if answer.fault is not None and not _is_cached(name, hub):
+        raise out_of_reach("source", "data set", name, answer.fault)
+    hub = HubOptions(hub.split, hub.subset, answer.commit or hub.revision, hub.streaming)
     description = {
         "kind": "data set",
         "name": name,
@@ -245,38 +249,7 @@ def _hub_source(name: str, column: str, hub: HubOptions) -> Source:
         "split": hub.split,
         "fingerprint": hub.revision,
     }
-    return Source([HubUnit(name, column, hub, offline=not reached)], description, [[description]])
-
-
-def _hub_commit(name: str, hub: HubOptions) -> tuple[str | None, bool]:
-    """Commit behind a revision of a Hub data set, None where the Hub does not tell; and whether the Hub was reached.
-
-    Asked once, before anything is read: `load_dataset` asks a Hub that is out of reach again and again, and only
-    when the sources in front have been read.
-
-    Raises:
-        UserError: the Hub has no such data set, or is out of reach and the data set is not in the cache.
-    """
-    from huggingface_hub import HfApi, errors
-
-    nothing = f"source {name}: there is no file or folder of that name"
-    try:
-        return HfApi().dataset_info(name, revision=hub.revision, timeout=10).sha, True
-    except errors.GatedRepoError:
-        return None, True  # load_dataset says how to get in
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise UserError(
-            f"{nothing}, and the Hub has no such data set (or does not show it without a login): check the name."
-        ) from error
-    except errors.HfHubHTTPError:
-        return None, True  # no such revision, or a fault of the Hub's: load_dataset says which
-    except Exception as error:  # out of reach, by whatever name the network's library calls that
-        if not _is_cached(name, hub):
-            raise UserError(
-                f"{nothing}, and the Hub cannot be asked for a data set of that name ({first_line(error)}): "
-                "check the name, or the network."
-            ) from error
-        return None, False
+    return Source([HubUnit(name, column, hub, offline=answer.fault is not None)], description, [[description]])
 
 
 def _is_cached(name: str, hub: HubOptions) -> bool:

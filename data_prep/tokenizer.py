@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data_prep.hub import ask, out_of_reach
 from sinkpretrain.errors import UserError, first_line
 from sinkpretrain.files import read_json
+from sinkpretrain.tokens import MANIFEST_NAME
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -316,7 +318,7 @@ def _folder_eod(folder: Path, sha256: str) -> int | None:
     No tokenizer.json says this: it may be named only in the tokenizer_config.json that was beside it when the text was
     prepared, or by --eod-token.
     """
-    manifest, run, config = (_about(folder / name) for name in ("manifest.json", "run.json", "config.json"))
+    manifest, run, config = (_about(folder / name) for name in (MANIFEST_NAME, "run.json", "config.json"))
     ends = (
         manifest.get("eod_id") if manifest.get("tokenizer_sha256") == sha256 else None,
         run.get("end_of_document") if run.get("tokenizer_sha256") == sha256 else None,
@@ -348,38 +350,15 @@ def _hub_tokenizer(name: str) -> TokenizerFile:
     """Of a folder that transformers can make sense of, or of the Hub, which transformers would ask for a minute."""
     from transformers import AutoTokenizer  # takes seconds to import, and most users have a file
 
-    out_of_reach = None if Path(name).is_dir() else _hub_fault(name)
+    fault = None if Path(name).is_dir() else ask("tokenizer", "model", name).fault
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=out_of_reach is not None)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=fault is not None)
         content = tokenizer.backend_tokenizer.to_str(pretty=True).encode()
     except (OSError, ValueError, AttributeError) as error:
-        if out_of_reach is not None:
-            raise UserError(
-                f"tokenizer {name}: there is no file or folder of that name, and the Hub cannot be asked for a model "
-                f"of that name ({out_of_reach}): check the name, or the network."
-            ) from error
+        if fault is not None:
+            raise out_of_reach("tokenizer", "model", name, fault) from error
         advice = "give a file, a folder or a Hub name"
         if Path(name).is_dir():
             advice = "it has no tokenizer.json; give a folder that has one, a file or a Hub name"
         raise UserError(f"tokenizer {name} cannot be loaded ({first_line(error)}): {advice}.") from error
     return TokenizerFile(content, tokenizer.eos_token)
-
-
-def _hub_fault(name: str) -> str | None:
-    """Why the Hub is out of reach, None if it is not; raises UserError where it has no such model."""
-    from huggingface_hub import HfApi, errors
-
-    try:
-        HfApi().model_info(name, timeout=10)
-    except errors.GatedRepoError:
-        return None  # transformers says how to get in
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise UserError(
-            f"tokenizer {name}: there is no file or folder of that name, and the Hub has no such model (or does not "
-            "show it without a login): check the name."
-        ) from error
-    except errors.HfHubHTTPError:
-        return None
-    except Exception as error:  # by whatever name the network's library calls that
-        return first_line(error)
-    return None

@@ -154,9 +154,9 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         _leave_cache(temporary)
         try:
             verify(temporary)
-        except UserError as error:
+        except UserError:
             temporary.stat()  # raises where the run was moved meanwhile: then it is not damaged
-            raise error
+            raise
 
     write_atomically(path, write)
     write_json(path.parent / POINTER, {"file": path.name, "step": step_of(path), "bytes": path.stat().st_size})

@@ -87,9 +87,10 @@ def export(
     try:
         with disk_faults(out):
             temporary.mkdir(parents=True)
-            write_model(temporary, loaded, form, getattr(torch, dtype), special_tokens(tokenizer, loaded))
+            special = special_tokens(tokenizer, loaded)
+            write_model(temporary, loaded, form, getattr(torch, dtype), special)
             if tokenizer:
-                write_tokenizer(temporary, loaded, tokenizer)
+                write_tokenizer(temporary, loaded, tokenizer, special)
             outside.keep(loaded.trained.sink_config, temporary)
             (temporary / "README.md").write_text(model_card(loaded, form, tokenizer, dtype, note), encoding="utf-8")
             difference = _verify(temporary, loaded, form)

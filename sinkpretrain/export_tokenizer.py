@@ -41,20 +41,20 @@ class Special(NamedTuple):
 
 def special_tokens(tokenizer: Any, loaded: LoadedModel) -> Special:
     """Those of a tokenizer, by the name of its end of a document or as the model's training data had it."""
-    end, end_id = _known(tokenizer, END_OF_DOCUMENT), None
+    end = _known(tokenizer, END_OF_DOCUMENT)
+    end_id = tokenizer.token_to_id(end) if end else None
     trained = load_tokenizer(str(loaded.tokenizer)).eod if loaded.tokenizer else None
     if trained is not None:
         # A token that was found by merging is not named: transformers would look for it in the text.
         end = tokenizer.id_to_token(trained) if trained in tokenizer.get_added_tokens_decoder() else None
         end_id = trained
     padding = _known(tokenizer, PADDING) or end
-    ids = [tokenizer.token_to_id(t) if t else None for t in (end, padding)]
-    return Special(end, padding, ids[0] if end_id is None else end_id, ids[1])
+    return Special(end, padding, end_id, tokenizer.token_to_id(padding) if padding else None)
 
 
-def write_tokenizer(folder: Path, loaded: LoadedModel, tokenizer: Any) -> None:
+def write_tokenizer(folder: Path, loaded: LoadedModel, tokenizer: Any, special: Special) -> None:
     """``tokenizer.json`` and the settings that transformers' tokenizer class wants beside it."""
-    model, special = loaded.model, special_tokens(tokenizer, loaded)
+    model = loaded.model
     tokenizer.save(str(folder / "tokenizer.json"))
     sinks = [tokenizer.id_to_token(i) for i in model.prefix_ids if i >= model.config.tokenizer_size]
     settings: dict[str, Any] = {

@@ -316,14 +316,14 @@ def _positions(
     # An embedding of positions has none so far away.
     elsewhere = [] if learned else [moved, _trace(base, ids, here + FAR)]
     if (learned and any(turns)) or not all(
-        _same(at_here, there, but=("q",)) and _scaled(at_here[0], there[0]) for there in elsewhere
+        _same(at_here, other, but=("q",)) and _scaled(at_here[0], other[0]) for other in elsewhere
     ):
         raise UserError(
             "what it does depends on positions by other means than a rotation, a scale of queries or an embedding."
         )
     if _ways(tables) != ways:
         raise UserError("how it rotates queries and keys depends on the length of the text.")
-    return turns, learned, not all(_same(at_here, there) for there in elsewhere)
+    return turns, learned, not all(_same(at_here, other) for other in elsewhere)
 
 
 def _scaled(here: Sequence[Call], there: Sequence[Call]) -> bool:

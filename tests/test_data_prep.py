@@ -279,6 +279,13 @@ def test_an_interrupted_folder_refuses_other_settings(
     assert documents_of(config.out, "validation")
 
 
+def interrupted_before_it_is_merged(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.prepare.merge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config)
+
+
 @pytest.mark.parametrize("options", [{}, {"tokenizer": None, "train_tokenizer": "bpe:300"}])
 def test_a_file_repaired_between_two_runs_costs_what_was_made_of_it(
     tmp_path: Path,
@@ -309,10 +316,7 @@ def test_a_file_repaired_between_two_runs_costs_what_was_made_of_it(
     os.utime(files[1], ns=(times, times))  # as it was for the undisturbed run, whose manifest has its time
     with pytest.raises(UserError, match="another source"):
         prepare(configure(*files[:2], **options))  # another list could be a slip, which costs no work
-    with monkeypatch.context() as patch:
-        patch.setattr("data_prep.prepare.merge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            prepare(config)
+    interrupted_before_it_is_merged(config, monkeypatch)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     told = capsys.readouterr().err
     assert "the sources have changed: what was made of those before the first change is kept" in told
@@ -331,10 +335,7 @@ def test_sources_added_or_taken_away_between_two_runs(
         prepare(reference)
         before = configure(*(files[n] for n in first), out=f"out{number}", shard_tokens=3000)
         after = configure(*(files[n] for n in second), out=f"out{number}", shard_tokens=3000)
-        with monkeypatch.context() as patch:
-            patch.setattr("data_prep.prepare.merge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-            with pytest.raises(KeyboardInterrupt):
-                prepare(before)
+        interrupted_before_it_is_merged(before, monkeypatch)
         with pytest.raises(UserError, match=r"another source .* --overwrite replaces it"):
             prepare(after)
         after.overwrite = True
@@ -348,10 +349,7 @@ def test_a_changed_file_that_trains_another_tokenizer_is_another_source(
     monkeypatch.setattr(batches, "BATCH_CHARACTERS", 2000)
     files = [write_jsonl(tmp_path / f"{n}.jsonl", make_texts(40, seed=40 + n)) for n in range(2)]
     config = configure(*files, tokenizer=None, train_tokenizer="bpe:300", shard_tokens=3000)
-    with monkeypatch.context() as patch:
-        patch.setattr("data_prep.prepare.merge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            prepare(config)
+    interrupted_before_it_is_merged(config, monkeypatch)
     write_jsonl(files[1], ["zq xj zq xj zq xj"] * 4000)
     with pytest.raises(UserError, match="another source"):
         prepare(config)
