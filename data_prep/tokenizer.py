@@ -307,6 +307,18 @@ def without_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def strange_token(ours: Path, theirs: Path) -> str | None:
+    """A token of theirs that has another id in ours, or none; None if there is no such token: files may differ and
+    their ids mean the same. (Ours may have more, as an exported model's has its sink tokens.)
+
+    Raises:
+        UserError: one of the two is no tokenizer.
+    """
+    known, other = (load_tokenizer(str(path)).load().get_vocab() for path in (ours, theirs))
+    strange = [(number, token) for token, number in other.items() if known.get(token) != number]
+    return min(strange)[1] if strange else None
+
+
 def _of_folder(folder: Path) -> TokenizerFile:
     file = TokenizerFile((folder / "tokenizer.json").read_bytes(), _folder_eos(folder))
     return replace(file, eod=_folder_eod(folder, file.sha256))

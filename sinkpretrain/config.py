@@ -122,7 +122,8 @@ class DataConfig:
     Args:
         path: directory written by ``sinkpretrain prepare``, or prefix of a Megatron/GPT-NeoX ``.bin``/``.idx`` pair, or
             a directory that holds one such pair.
-        validation_path: prefix of another pair to validate on; by default the directory's validation split.
+        validation_path: other data to validate on, named as in ``path`` (of a prepared directory its validation split,
+            or all of it if it has none); by default the validation split of ``path``.
         batch_size: samples per optimizer step, over all devices (StreamingLLM's run: 256).
         seed: seed of the shuffle; not the seed of the initial weights.
         shuffle: permute the samples of each epoch; by default yes, except for files whose rows are samples already

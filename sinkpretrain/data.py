@@ -22,7 +22,7 @@ from torch import Tensor
 from sinkpretrain.config import MAX_SINK_TOKENS, DataConfig, ModelConfig
 from sinkpretrain.errors import UserError
 from sinkpretrain.ops import IGNORED
-from sinkpretrain.tokens import MANIFEST_NAME, Manifest, SplitRecord, TokenFile, open_split
+from sinkpretrain.tokens import MANIFEST_NAME, TOKENIZER_NAME, Manifest, SplitRecord, TokenFile, open_split
 
 Indices = NDArray[np.int64]
 
@@ -302,8 +302,45 @@ def open_data(config: DataConfig) -> Tokens:
     else:
         train = TokenFile.open(path)
     if config.validation_path:
-        validation = TokenFile.open(config.validation_path)
+        validation = _open_elsewhere(Path(config.validation_path))
     return Tokens(train, validation, manifest, tokenizer)
+
+
+def _open_elsewhere(path: Path) -> TokenFile:
+    """Data to validate on that are not the training data's own: a pair, or a split of another prepared folder."""
+    path = _lone_pair(path)
+    if not path.is_dir():
+        return TokenFile.open(path)
+    return open_split(path, "validation" if "validation" in Manifest.load(path).splits else "train")
+
+
+def manifest_beside(file: TokenFile) -> Manifest | None:
+    """The manifest of the folder that a file lies in, if it tells of the file."""
+    folder = file.prefix.parent
+    manifest = Manifest.load(folder) if (folder / MANIFEST_NAME).is_file() else None
+    return manifest if manifest is not None and file.prefix.name in manifest.splits else None
+
+
+def require_same_ids(tokens: Tokens) -> None:
+    """Raises UserError if data to validate on come from another tokenizer than the training data, as far as manifests
+    say: a loss over ids that mean something else looks like a bad model."""
+    other = None if tokens.validation is None else manifest_beside(tokens.validation)
+    if other is None or tokens.manifest is None or other.tokenizer_sha256 == tokens.manifest.tokenizer_sha256:
+        return
+    assert tokens.validation is not None
+    from data_prep.tokenizer import strange_token
+
+    folder = tokens.validation.prefix.parent
+    message = f"{folder} was prepared with another tokenizer than the training data"
+    advice = "prepare it with theirs, or leave data.validation_path out"
+    if tokens.tokenizer is None:
+        raise UserError(f"{message}; {advice}.")
+    try:
+        strange = strange_token(tokens.tokenizer, folder / TOKENIZER_NAME)
+    except UserError as error:
+        raise UserError(f"{message}, as far as can be told ({error}); {advice}.") from error
+    if strange is not None:
+        raise UserError(f"{message} ({strange!r} is not the same id in both); {advice}.")
 
 
 def _lone_pair(path: Path) -> Path:

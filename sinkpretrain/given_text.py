@@ -93,7 +93,7 @@ def _from_folder(folder: Path, split: str, loaded: LoadedModel) -> Text:
 
 def _check_vocabularies(folder: Path, loaded: LoadedModel) -> None:
     """Files may differ and their ids mean the same; raises UserError if they do not."""
-    from data_prep.tokenizer import load_tokenizer
+    from data_prep.tokenizer import strange_token
 
     other = f"{folder} was prepared with another tokenizer than {loaded.name} has"
     advice = "prepare the text with the model's tokenizer"
@@ -102,12 +102,9 @@ def _check_vocabularies(folder: Path, loaded: LoadedModel) -> None:
             raise UserError(f"{other}; {advice}.")
         return
     try:
-        ours, theirs = (load_tokenizer(str(p)).load() for p in (loaded.tokenizer, folder / "tokenizer.json"))
+        strange = strange_token(loaded.tokenizer, folder / "tokenizer.json")
     except UserError as error:
         raise UserError(f"{other}, as far as can be told ({error}); {advice}.") from error
-    # An exported model's tokenizer has its sink tokens in addition.
-    known = ours.get_vocab()
-    strange = next((t for t, i in theirs.get_vocab().items() if known.get(t) != i), None)
     if strange is not None:
         raise UserError(f"{other} ({strange!r} is not the same id in both); {advice}.")
 

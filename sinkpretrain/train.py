@@ -32,7 +32,16 @@ from torch.nn.parallel import DistributedDataParallel
 from sinkpretrain import attempts, metrics, outside, sinks, slurm
 from sinkpretrain.checkpoint import AtomicCheckpointIO, BackgroundWriter, newest_checkpoint
 from sinkpretrain.config import MAX_SINK_TOKENS, RunConfig, require_ranges, to_dict
-from sinkpretrain.data import Batch, Samples, Stream, Tokens, fingerprint, open_data, training_order
+from sinkpretrain.data import (
+    Batch,
+    Samples,
+    Stream,
+    Tokens,
+    fingerprint,
+    open_data,
+    require_same_ids,
+    training_order,
+)
 from sinkpretrain.device import device_memory, total_memory
 from sinkpretrain.errors import LostProcessError, SettingHasNoEffect, UserError
 from sinkpretrain.files import read_json, sha256_file
@@ -257,6 +266,7 @@ def resolve(config: RunConfig, tokens: Tokens) -> RunConfig:
                 f"{tokens.tokenizer} is not the tokenizer that the manifest names; restore it, or prepare the data "
                 "again."
             )
+    require_same_ids(tokens)
     model = config.model.resolved(known)
     check_hooks(config.sink, model)
     prefix = without_weights(model, config.sink).prefix_ids

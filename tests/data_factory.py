@@ -12,10 +12,10 @@ from sinkpretrain.tokens import Manifest, SplitRecord, TokenFile, TokenWriter
 TOKENIZER_SIZE = 96
 
 
-def make_data(folder: Path, documents: int = 120, seed: int = 0) -> Path:
-    """A folder as ``prepare`` writes it, with ids 0 .. 95 (0 ends a document)."""
+def make_data(folder: Path, documents: int = 120, seed: int = 0, tokenizer: str = "") -> Path:
+    """A folder as ``prepare`` writes it, with ids 0 .. 95 (0 ends a document) and this tokenizer or its own."""
     folder.mkdir(parents=True)
-    (folder / "tokenizer.json").write_text(f'{{"made": {seed}}}')
+    (folder / "tokenizer.json").write_text(tokenizer or f'{{"made": {seed}}}')
     generator = np.random.default_rng(seed)
     splits = {}
     for split, count in (("train", documents), ("validation", 20)):

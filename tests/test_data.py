@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 from data_factory import make_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from sinkpretrain.config import MAX_SINK_TOKENS, DataConfig, ModelConfig
 from sinkpretrain.data import (
@@ -21,6 +23,7 @@ from sinkpretrain.data import (
     Stream,
     open_data,
     permute,
+    require_same_ids,
     shared_targets,
     to_batch,
     training_order,
@@ -155,6 +158,56 @@ def test_a_prepared_folder_without_its_manifest_is_no_bare_pair(tmp_path: Path) 
         writer.add_document(np.arange(90))
     with pytest.raises(UserError, match=r"has no manifest\.json: run prepare"):
         open_data(DataConfig(path=str(tmp_path)))
+
+
+def test_data_to_validate_on_are_named_as_those_to_train_on(tmp_path: Path) -> None:
+    """A prepared folder with or without a validation split, a folder with one pair, or a pair."""
+    train, novels = make_data(tmp_path / "train"), make_data(tmp_path / "novels", documents=7, seed=1)
+
+    def opened(path: Path) -> Path:
+        file = open_data(DataConfig(path=str(train), validation_path=str(path))).validation
+        assert file is not None
+        return file.prefix
+
+    assert opened(novels) == novels / "validation"
+    assert opened(novels / "train") == novels / "train"
+    without_validation(novels)
+    assert opened(novels) == novels / "train"
+    (tmp_path / "foreign").mkdir()
+    with TokenWriter(tmp_path / "foreign" / "document", 96) as writer:
+        writer.add_document(np.arange(90))
+    assert opened(tmp_path / "foreign") == tmp_path / "foreign" / "document"
+    with pytest.raises(UserError, match=r"has no manifest\.json: run prepare"):
+        opened(tmp_path)
+
+
+def without_validation(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["splits"]["validation"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for suffix in ("bin", "idx"):
+        (folder / f"validation.{suffix}").unlink()
+
+
+def test_data_to_validate_on_must_have_the_same_ids(tmp_path: Path) -> None:
+    """Files of tokenizers may differ as long as ids mean the same."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
+    swapped = words.to_str().replace('"w5":5,"w6":6', '"w5":6,"w6":5')
+    train = make_data(tmp_path / "train", tokenizer=words.to_str())
+
+    def check(name: str, tokenizer: str) -> None:
+        novels = make_data(tmp_path / name, seed=1, tokenizer=tokenizer)
+        require_same_ids(open_data(DataConfig(path=str(train), validation_path=str(novels))))
+
+    check("the same", words.to_str())
+    check("other layout", words.to_str(pretty=True))
+    with pytest.raises(
+        UserError, match=r"another tokenizer than the training data \('w6' is not the same id in both\)"
+    ):
+        check("other ids", swapped)
+    with pytest.raises(UserError, match="another tokenizer than the training data, as far as can be told"):
+        check("none", "{}")
+    require_same_ids(open_data(DataConfig(path=str(train))))
 
 
 def test_bad_data_is_refused(tmp_path: Path) -> None:

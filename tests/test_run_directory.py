@@ -157,10 +157,15 @@ def with_validation(base: RunConfig, path: Path | str) -> RunConfig:
     return dataclasses.replace(base, data=dataclasses.replace(base.data, validation_path=str(path)))
 
 
+def other_text(data: Path, folder: Path) -> Path:
+    """Prepared with the same tokenizer."""
+    return make_data(folder, seed=5, tokenizer=(data / "tokenizer.json").read_text())
+
+
 @pytest.mark.parametrize("change", ["its bytes", "gone", "another path"])
 def test_other_data_for_validation_are_refused(change: str, data: Path, run: Path, tmp_path: Path) -> None:
     """They are as long as those before, so nothing but their content tells."""
-    mine, other = Path(shutil.copytree(data, tmp_path / "data")), make_data(tmp_path / "other", seed=5)
+    mine, other = Path(shutil.copytree(data, tmp_path / "data")), other_text(data, tmp_path / "other")
     setting, sentence = config(mine, run), r"trained on other data \(validation_sha256"
     if change == "its bytes":
         shutil.copyfile(other / "validation.bin", mine / "validation.bin")
@@ -206,7 +211,7 @@ def test_a_run_whose_record_knows_less_of_its_data_goes_on(data: Path, run: Path
 
 def test_data_for_validation_from_elsewhere_are_known_by_their_content(data: Path, tmp_path: Path, monkeypatch) -> None:
     """Also where the manifest of the training data knows of no validation split."""
-    mine, elsewhere = Path(shutil.copytree(data, tmp_path / "data")), make_data(tmp_path / "other", seed=5)
+    mine, elsewhere = Path(shutil.copytree(data, tmp_path / "data")), other_text(data, tmp_path / "other")
     for suffix in ("bin", "idx"):
         (mine / f"validation.{suffix}").unlink()
     manifest = json.loads((mine / "manifest.json").read_text())
