@@ -20,7 +20,7 @@ import torch.distributed as dist
 from sinkpretrain import slurm
 from sinkpretrain.checkpoint import newest_checkpoint
 from sinkpretrain.config import RunConfig
-from sinkpretrain.data import Tokens, open_data
+from sinkpretrain.data import Tokens, manifest_beside, open_data
 from sinkpretrain.device import total_memory
 from sinkpretrain.errors import UserError
 from sinkpretrain.files import exclusive
@@ -244,14 +244,25 @@ def write_speed(path: Path) -> float:
 
 
 def check_data(config: RunConfig, tokens: Tokens) -> list[Finding]:
-    """Every byte of the data against the manifest's hashes."""
+    """Every byte of the data against the manifest's hashes, also of what is validated on from elsewhere."""
     size = f"{tokens.train.n_tokens:,} tokens to train on"
-    if tokens.manifest is None:
-        return [Finding("data", True, f"{size}; no manifest to check them against")]
+    found = [_as_written("data", size, None if tokens.manifest is None else Path(config.data.path))]
+    other = tokens.validation
+    if other is not None and config.data.validation_path:
+        known = manifest_beside(other) is not None
+        size = f"{other.n_tokens:,} tokens to validate on"
+        found.append(_as_written("validation", size, other.prefix.parent if known else None, other.prefix.name))
+    return found
+
+
+def _as_written(name: str, size: str, folder: Path | None, split: str = "") -> Finding:
+    """Whether a prepared folder, or one split of it, is as it was written; no folder is one without a manifest."""
+    if folder is None:
+        return Finding(name, True, f"{size}; no manifest to check them against")
     started = time.perf_counter()
-    problems = verify(Path(config.data.path))
+    problems = verify(folder, split)
     text = " ".join(problems) or f"{size}, as they were written (checked in {time.perf_counter() - started:.1f} s)"
-    return [Finding("data", not problems, text)]
+    return Finding(name, not problems, text)
 
 
 # --- device -------------------------------------------------------------------------------------------------------

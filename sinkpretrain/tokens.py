@@ -441,8 +441,9 @@ def open_split(directory: Path | str, split: str) -> TokenFile:
     return file
 
 
-def verify(directory: Path | str) -> list[str]:
-    """Re-read everything in a folder written by prepare; one sentence per problem, none if all is well.
+def verify(directory: Path | str, only: str = "") -> list[str]:
+    """Re-read everything in a folder written by prepare, or ``only`` one split; one sentence per problem, none if all
+    is well.
 
     Raises:
         UserError: there is no readable manifest to verify against.
@@ -451,7 +452,8 @@ def verify(directory: Path | str) -> list[str]:
     manifest = Manifest.load(directory)
     expected = {TOKENIZER_NAME: manifest.tokenizer_sha256}
     problems = []
-    for split, record in manifest.splits.items():
+    for split in [only] if only else manifest.splits:
+        record = manifest.split(split)
         expected |= {f"{split}.bin": record.sha256_bin, f"{split}.idx": record.sha256_idx}
         try:
             problems += _index_problems(open_split(directory, split))

@@ -45,12 +45,32 @@ def test_all_is_well_on_a_laptop_and_nothing_is_left(run: RunConfig, tmp_path: P
 
 
 def test_a_changed_byte_of_the_data_is_found(run: RunConfig, capsys) -> None:
-    path = Path(run.data.path) / "train.bin"
+    change_a_byte(Path(run.data.path) / "train.bin")
+    assert main(["doctor", *flags(run)]) == 1
+    assert "FAIL data: " in capsys.readouterr().out
+
+
+def test_data_to_validate_on_from_elsewhere_are_checked_too(run: RunConfig, tmp_path: Path, capsys) -> None:
+    """Of the other folder only what is validated on; data of another tokenizer are not."""
+    own = (Path(run.data.path) / "tokenizer.json").read_text()
+    novels = make_data(tmp_path / "novels", seed=1, tokenizer=own)
+    change_a_byte(novels / "train.bin")
+    elsewhere = f"--data.validation-path={novels}"
+    assert main(["doctor", *flags(run), elsewhere]) == 0
+    assert "ok   validation: 6,020 tokens to validate on, as they were written" in capsys.readouterr().out
+    change_a_byte(novels / "validation.bin")
+    assert main(["doctor", *flags(run), elsewhere]) == 1
+    assert f"FAIL validation: {novels / 'validation.bin'} has changed since" in capsys.readouterr().out
+    other = make_data(tmp_path / "other", seed=2)
+    assert main(["doctor", *flags(run), f"--data.validation-path={other}"]) == 1
+    assert "FAIL settings: " in (text := capsys.readouterr().out)
+    assert "another tokenizer than the training data" in text
+
+
+def change_a_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[1001] ^= 1
     path.write_bytes(content)
-    assert main(["doctor", *flags(run)]) == 1
-    assert "FAIL data: " in capsys.readouterr().out
 
 
 def test_one_failing_check_does_not_hide_the_others(run: RunConfig, capsys) -> None:
