@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -253,3 +254,21 @@ def test_the_docs_have_the_same_table() -> None:
     from sinkpretrain.catalogue import list_mechanisms
 
     assert list_mechanisms(format="markdown") in (ROOT / "docs" / "mechanisms.md").read_text(encoding="utf-8")
+
+
+def test_commands_in_the_docs_have_flags_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    flags: dict[str, set[str]] = {}
+    found = 0
+    for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        text = file.read_text(encoding="utf-8").replace("\\\n", " ")
+        for command, rest in re.findall(r"sinkpretrain ((?:bench )?[a-z-]+)([^`\n#]*)", text):
+            if command.split()[0] not in COMMANDS:
+                continue
+            if command not in flags:
+                with pytest.raises(SystemExit):
+                    main([*command.split(), "--help"])
+                flags[command] = set(re.findall(r"--[\w.-]+", capsys.readouterr().out))
+            used = {flag.replace("_", "-") for flag in re.findall(r"(?<!\S)--[a-z][\w.-]*\w", rest)}
+            assert used <= flags[command], f"{file.name}: sinkpretrain {command}"
+            found += len(used)
+    assert found > 100
