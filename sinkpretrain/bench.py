@@ -244,7 +244,7 @@ def bare_loop(config: RunConfig, kernels: bool = False) -> dict[str, Any]:
         seconds,
         ids.numel(),
         module.model.flops_per_token(),
-        compile_seconds=first - seconds,
+        compile_seconds=max(0.0, first - seconds),
         parameters=module.model.n_parameters(),
         **more,
     )
@@ -260,7 +260,7 @@ def peer_loop(peer: str, config: RunConfig) -> dict[str, Any]:
     ids, labels = _one_batch(config, ())
     step = bare_step(lambda: loss(ids, labels), net, optimizer)
     seconds, first = seconds_per_step(step, config.training.steps // 2)
-    return figure(peer, seconds, ids.numel(), flops_per_token(config), compile_seconds=first - seconds)
+    return figure(peer, seconds, ids.numel(), flops_per_token(config), compile_seconds=max(0.0, first - seconds))
 
 
 def _one_batch(config: RunConfig, prefix: tuple[int, ...]) -> tuple[Tensor, Tensor]:

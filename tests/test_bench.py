@@ -46,6 +46,15 @@ def test_figures_of_the_trainer_a_bare_loop_and_a_peer(tmp_path: Path, capsys) -
     assert "ours over hf" in capsys.readouterr().out
 
 
+def test_what_is_not_compiled_takes_no_time_for_it(tmp_path: Path, monkeypatch) -> None:
+    """A first step may happen to be a fast one; it was -0.1 s then."""
+    monkeypatch.setattr(module, "seconds_per_step", lambda *_: (0.3, 0.2))
+    report = bench(
+        str(tmp_path / "b.json"), model="demo", micro_batch=2, steps=24, compile=False, bare=True, peers="hf",
+    )  # fmt: skip
+    assert [f["compile_seconds"] for f in report["figures"][1:]] == [0, 0]
+
+
 def stop_at_step_3(monkeypatch: pytest.MonkeyPatch) -> None:
     step = PretrainModule.training_step
 
