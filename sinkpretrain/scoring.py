@@ -95,8 +95,12 @@ class BlockSize:
         """Enough to keep the device busy: docs/speed.md has the measurements."""
         return cls(16384 if device.type == "cuda" else 1024)
 
-    def attempt(self, forward: Callable[[], Result]) -> Result | None:
+    def attempt(self, forward: Callable[[], Result], tokens: int, least: int = SMALLEST) -> Result | None:
         """What ``forward`` returns, or None if memory was short; from then on there are fewer tokens per forward.
+
+        Args:
+            tokens: of this forward, which may be fewer than a block's.
+            least: of a forward that cannot be made smaller.
 
         Raises:
             UserError: there is no memory for the smallest forward either.
@@ -105,12 +109,12 @@ class BlockSize:
             return forward()
         except torch.OutOfMemoryError:
             pass  # not here: the exception holds on to the tensors of the forward
-        if self.tokens <= self.SMALLEST:
+        if tokens <= least:
             raise UserError(
-                f"the GPU's memory does not hold the model and a forward of {self.tokens} tokens; "
+                f"the GPU's memory does not hold the model and a forward of {tokens:,} tokens; "
                 "use --dtype bfloat16, a smaller cache or --device cpu."
             )
-        self.tokens = max(self.SMALLEST, self.tokens // 2)
+        self.tokens = max(least, tokens // 2)
         warnings.warn(
             f"GPU memory is short: going on with {self.tokens:,} tokens per forward.", MemoryShort, stacklevel=2
         )

@@ -122,7 +122,7 @@ def _read_together(
             hidden = model.hidden(upload(tokens, banded.device), attend, places)
             return scored(model, hidden, targets)
 
-        losses = size.attempt(forward)
+        losses = size.attempt(forward, tokens.size, max(size.SMALLEST, len(texts)))
         if losses is None:
             banded.layers = before
             continue
@@ -280,7 +280,7 @@ def recompute_nll(
             hidden = model.hidden(upload(tokens, model.embed.weight.device))
             return scored(model, hidden, targets)
 
-        losses = size.attempt(forward)
+        losses = size.attempt(forward, tokens.size, max(size.SMALLEST, tokens.shape[1]))
         if losses is None:
             continue
         row, column = np.nonzero(targets != NO_TARGET)

@@ -206,6 +206,53 @@ def test_bad_caches_are_refused(bad: str) -> None:
         Cache.parse(bad)
 
 
+def short_of_memory(net: GPTNeoX, monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """Forwards of more than ``most`` tokens fail in the last layer, when the first has added to its cache; returns how
+    many tokens each was of."""
+    tried: list[int] = []
+    last = net.blocks[-1]
+    forward = last.forward
+
+    def limited(x_BTC: torch.Tensor, attend: Any) -> torch.Tensor:
+        tried.append(x_BTC.shape[0] * x_BTC.shape[1])
+        if tried[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(x_BTC, attend)
+
+    monkeypatch.setattr(last, "forward", limited)
+    return tried
+
+
+@pytest.mark.parametrize("length", [300, 1000])
+def test_memory_that_is_short_halves_the_blocks_and_no_loss_is_another(
+    mechanism: SinkConfig, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the tokens that did not fit, also where the text is shorter than a block."""
+    net = peaked(GPTNeoX(TINY, mechanism, seed=4)).eval()
+    ids, cache = text(length), Cache(2, 40)
+    want = stream_nll(net, ids, cache, block=64)
+    tried = short_of_memory(net, monkeypatch, most=160)
+    with pytest.warns(scoring.MemoryShort, match="going on with"):
+        got = stream_nll(net, ids, cache, block=512)
+    assert np.abs(got - want).max() < 1e-5
+    assert len([n for n in tried if n > 160]) == (1 if length == 300 else 2)
+    assert 120 < tried[2] <= 160
+
+
+def test_windows_that_no_memory_holds_are_told_by_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = peaked(GPTNeoX(TINY, seed=4)).eval()
+    ids = text(400)
+    want = recompute_nll(net, ids, 100, stride=50)
+    short_of_memory(net, monkeypatch, most=150)
+    with pytest.warns(scoring.MemoryShort):
+        got = recompute_nll(net, ids, 100, stride=50, block=500)
+    assert np.abs(got - want).max() < 1e-5
+    tried = short_of_memory(net, monkeypatch, most=90)
+    with pytest.warns(scoring.MemoryShort), pytest.raises(UserError, match="and a forward of 100 tokens; use"):
+        recompute_nll(net, ids, 100, stride=50, block=500)
+    assert tried == [500, 200, 100]
+
+
 def test_non_finite_predictions_are_reported() -> None:
     net = GPTNeoX(TINY, seed=4).eval()
     with torch.no_grad():
