@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from sinkpretrain.comparison import numbers, paper
+from sinkpretrain.comparison import numbers, paired, paper
 from sinkpretrain.comparison.blocks import Picture, Section
 from sinkpretrain.comparison.numbers import Group, Record
 from sinkpretrain.comparison.read import Found, find
@@ -97,7 +97,7 @@ def _records(found: Found, groups: list[Group], settings: list[str]) -> dict[str
     return {
         "provenance": numbers.sources(found),
         "table3": numbers.perplexities(found.results, settings),
-        "differences": [*numbers.own_differences(groups), *numbers.vanilla_differences(groups)],
+        "differences": [*paired.own_differences(groups), *paired.vanilla_differences(groups)],
         "training": [numbers.training(run) for run in found.runs],
         "training_differences": [numbers.training_difference(pair) for pair in numbers.same_batches(found.runs)],
         "streaming_speed": numbers.streaming_speed(found.results),

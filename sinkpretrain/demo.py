@@ -200,7 +200,7 @@ def finding(differences: list[Record]) -> str:
     """What was measured, in words that the numbers choose.
 
     Args:
-        differences: records of ``comparison.numbers.own_differences``, of caches of the size of ``CACHES``.
+        differences: records of ``comparison.paired.own_differences``, of caches of the size of ``CACHES``.
     """
     from sinkpretrain.comparison.blocks import interval
     from sinkpretrain.statistics import change

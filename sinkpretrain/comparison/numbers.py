@@ -1,4 +1,4 @@
-"""The numbers of a comparison, as plain records: perplexities, paired differences, speed, sinks, tasks."""
+"""The numbers of a comparison, as plain records: perplexities, speed, sinks, tasks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Group:
 
     def mean_losses(self, setting: str) -> NDArray[np.floating]:
         """Losses [tokens - 1], mean over the seeds."""
-        return _mean([losses for _, losses in self.of(setting)])
+        return mean_over([losses for _, losses in self.of(setting)])
 
     def reference(self, setting: str) -> str | None:
         """The cache as large as ``setting`` with the most initial positions; None if it is no cache."""
@@ -62,7 +62,8 @@ class Group:
         return max(same, key=lambda s: (setting_order(s)[2], setting_order(s)[3] == "")) if kind == 0 and same else None
 
 
-def _mean(losses: Sequence[Losses]) -> NDArray[np.floating]:
+def mean_over(losses: Sequence[Losses]) -> NDArray[np.floating]:
+    """Losses [tokens - 1], mean over the models."""
     return losses[0] if len(losses) == 1 else np.mean(losses, axis=0, dtype=np.float64)
 
 
@@ -181,98 +182,6 @@ def cells(group: Group, settings: list[str]) -> dict[str, Record]:
                 "paper": paper.value(group.mechanism, s, group.results[0].data["model"]["shape"]),
             }
     return found
-
-
-def own_differences(groups: list[Group]) -> list[Record]:
-    """Each cache of a model against its own cache of the same size with the most initial positions, over the models of
-    a group that were streamed with both."""
-    found = []
-    for g in groups:
-        references = ((s, g.reference(s)) for s in _caches(g))
-        for s, reference in references:
-            if reference is not None and s != reference and (both := g.having(s, reference)).results:
-                found.append(difference(both, s, both, reference))
-    return found
-
-
-def vanilla_differences(groups: list[Group]) -> list[Record]:
-    """Each cache of the other mechanisms against vanilla with the most initial positions: is one sink worth four?"""
-    found = []
-    for g in groups:
-        base = next((b for b in groups if b.mechanism == "vanilla" and _alike(b) == _alike(g)), None)
-        if base is None or base is g:
-            continue
-        references = ((s, base.reference(s)) for s in _caches(g))
-        found += [difference(g, s, base, reference) for s, reference in references if reference is not None]
-    return found
-
-
-def _caches(g: Group) -> list[str]:
-    names = {s for r in g.results for s in r.settings if setting_order(s)[0] == 0}
-    return sorted(names, key=setting_order)
-
-
-def _alike(g: Group) -> Any:
-    """What must be the same for two mechanisms to be set against each other."""
-    model = g.results[0].data["model"]
-    return model["shape"], model["step"]
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Losses of two groups over the same tokens, over the same trainings where there are some.
-
-    a, b: mean over the seeds.
-    n: how many of the first group.
-    of_seeds: mean difference of each pair of seeds; none where they are not paired.
-    """
-
-    a: NDArray[np.floating]
-    b: NDArray[np.floating]
-    n: int
-    of_seeds: list[float]
-
-
-def pair(a: Group, setting: str, b: Group, reference: str) -> Paired:
-    """Of two mechanisms the seeds that both have, of one the models that have both settings: another one's level would
-    count as a difference. All of both, not paired, where there are none or not all seeds are known."""
-    of_a, of_b = a.of(setting), b.of(reference)
-    if a is b:
-        both = a.having(setting, reference)
-        same_a, same_b = both.of(setting), both.of(reference)
-    else:
-        seeds_a, seeds_b = ({seeds for seeds, _ in of} for of in (of_a, of_b))
-        common = sorted(seeds_a & seeds_b) if None not in seeds_a | seeds_b else []
-        same_a, same_b = ([(seeds, dict(of)[seeds]) for seeds in common] for of in (of_a, of_b))
-    if same_a:
-        of_a, of_b = same_a, same_b
-    pairs = zip(same_a, same_b, strict=True)
-    of_seeds = [float((x.astype(np.float64) - y).mean()) for (_, x), (_, y) in pairs]
-    return Paired(_mean([x for _, x in of_a]), _mean([y for _, y in of_b]), len(of_a), of_seeds)
-
-
-def difference(a: Group, setting: str, b: Group, reference: str) -> Record:
-    """Mean loss of ``a`` minus that of ``b`` over the same tokens, nats, with two 95 % intervals.
-
-    ``low``, ``high``: bootstrap over blocks of the text, of the losses averaged over seeds. ``seed_low``,
-    ``seed_high``: t-interval over the differences of single seeds, where both have at least two in common.
-    """
-    paired = pair(a, setting, b, reference)
-    mean, low, high = paired_difference(paired.a, paired.b)
-    seeds = t_interval(paired.of_seeds)
-    return {
-        "title": a.title,
-        "mechanism": a.mechanism,
-        "setting": setting,
-        "against": b.title,
-        "reference": reference,
-        "n": paired.n,
-        "nats": mean,
-        "low": low,
-        "high": high,
-        "seed_low": seeds[0] if seeds else None,
-        "seed_high": seeds[1] if seeds else None,
-    }
 
 
 # --- training, speed ----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sinkpretrain import figures, inspect_figures, metrics
-from sinkpretrain.comparison import numbers, paper
+from sinkpretrain.comparison import numbers, paired, paper
 from sinkpretrain.comparison.blocks import (
     Block,
     Picture,
@@ -84,8 +84,8 @@ def change_picture(base: Group, groups: list[Group], settings: list[str]) -> lis
 
     def beside(g: Group, s: str) -> NDArray[np.floating]:
         """The losses of ``base`` and, on top of them, what a group does otherwise with the same seeds."""
-        paired = numbers.pair(g, s, base, against[s])
-        return losses[against[s]] + (paired.a - paired.b)
+        both = paired.pair(g, s, base, against[s])
+        return losses[against[s]] + (both.a - both.b)
 
     curves = [(row_title(g), {s: beside(g, s) for s in settings if g.of(s)}) for g in groups]
     figure = figures.change_figure(curves, settings, {s: losses[r] for s, r in against.items()})
@@ -168,12 +168,12 @@ def differences(groups: list[Group]) -> list[Section]:
         (
             "Against the most initial positions",
             "What a model loses with fewer initial positions in the same cache.",
-            numbers.own_differences(groups),
+            paired.own_differences(groups),
         ),
         (
             "Against vanilla with the most initial positions",
             "Whether a mechanism with fewer initial positions does as well as an ordinary model with all of them.",
-            numbers.vanilla_differences(groups),
+            paired.vanilla_differences(groups),
         ),
     ]
     intervals = (
