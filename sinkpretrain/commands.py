@@ -318,7 +318,8 @@ def compare(argv: Sequence[str]) -> int:
 
     parser = Parser(
         "compare",
-        description="One page, tables and figures from the folders that stream, train, inspect and zero-shot wrote.",
+        description="One page, tables and figures from the folders that stream, train, inspect and zero-shot wrote. "
+        "Where stream's losses (nll.npy) were not brought along, what results.json has is shown, without curves.",
     )
     parser.add_argument("paths", nargs="+", type=str, help="result or run folders, or folders that hold some")
     parser.add_argument("--out", type=str, required=True, help="folder for the page (index.html), tables and figures")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from sinkpretrain.comparison.render import as_csv, console_table, finite, html, 
 from sinkpretrain.comparison.sections import (
     all_settings,
     has_paper,
+    missing_losses,
     papers_table,
     sections,
     table_3,
@@ -48,6 +50,9 @@ class Comparison:
 def compare(paths: list[Path], out: Path, paper: bool = True) -> Comparison:
     """Compare results and runs, and write a page, tables and figures into ``out``.
 
+    Of results of ``stream`` without their losses (nll.npy stayed on another machine) what results.json has is shown,
+    and said, also as a warning.
+
     Args:
         paths: folders written by ``stream``, ``train``, ``inspect`` or ``zero-shot``, or folders that hold some one or
             two levels down.
@@ -56,13 +61,15 @@ def compare(paths: list[Path], out: Path, paper: bool = True) -> Comparison:
         paper: put the paper's numbers beside ours, or below where the settings differ.
 
     Raises:
-        UserError: nothing to compare, results over different texts, runs on different data, or losses that cannot be
-            read.
+        UserError: nothing to compare, results over different texts, runs on different data, or losses that are there
+            but cannot be read.
     """
     found = find(paths)
     # Everything is read and computed before anything is written, so that a file that is gone leaves nothing half done.
     settings = all_settings(found.results)
     groups = numbers.group(found.results)
+    for sentence in missing_losses(groups):
+        warnings.warn(sentence, stacklevel=2)
     parts = sections(found, groups, settings, paper)
     comparison = Comparison(out, found, settings, groups, _records(found, groups, settings), parts, paper)
     texts = {PAGE: html(TITLE, subtitle(found), parts), "comparison.md": markdown(TITLE, parts)}

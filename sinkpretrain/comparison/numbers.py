@@ -26,7 +26,7 @@ class Group:
     """Models that differ in their seed only.
 
     title: the mechanism, with names and step where several groups share it.
-    losses: of each model, by setting.
+    losses: of each model, by setting; not of all settings where files are missing.
     """
 
     title: str
@@ -38,16 +38,14 @@ class Group:
         return [r.ppl(setting) for r in self.results if setting in r.settings]
 
     def of(self, setting: str) -> list[tuple[Any, Losses]]:
-        """(seeds, losses) of each model that has the setting; seeds of None are not known."""
-        return [
-            (_seeds(r), losses[setting])
-            for r, losses in zip(self.results, self.losses, strict=True)
-            if setting in losses
-        ]
+        """(seeds, losses) of each model that has the setting; seeds of None are not known. None of them where one's
+        losses are missing: a mean over the others would stand beside perplexities over all."""
+        having = [(r, of) for r, of in zip(self.results, self.losses, strict=True) if setting in r.settings]
+        return [(_seeds(r), of[setting]) for r, of in having] if all(setting in of for _, of in having) else []
 
     def having(self, *settings: str) -> Group:
         """The models that have all of these settings."""
-        kept = [i for i, losses in enumerate(self.losses) if losses.keys() >= {*settings}]
+        kept = [i for i, r in enumerate(self.results) if r.settings.keys() >= {*settings}]
         return replace(self, results=[self.results[i] for i in kept], losses=[self.losses[i] for i in kept])
 
     def mean_losses(self, setting: str) -> NDArray[np.floating]:
@@ -76,12 +74,13 @@ def _seeds(model: About) -> tuple[int, ...] | None:
 def group(results: list[Result]) -> list[Group]:
     """Models of one mechanism, shape and number of steps together, unless two of them have the same seeds.
 
-    Reads all losses; raises UserError if it cannot.
+    Reads all losses that are there; raises UserError if it cannot.
     """
-    return [
-        Group(title, of[0].mechanism, results=of, losses=[{s: r.nll(s) for s in r.settings} for r in of])
-        for title, of in by_seed(results)
-    ]
+
+    def losses(r: Result) -> dict[str, Losses]:
+        return {s: nll for s in r.settings if (nll := r.nll(s)) is not None}
+
+    return [Group(title, of[0].mechanism, of, [losses(r) for r in of]) for title, of in by_seed(results)]
 
 
 Model = TypeVar("Model", bound=About)

@@ -15,25 +15,34 @@ from sinkpretrain.statistics import paired_difference, t_interval
 
 def own_differences(groups: list[Group]) -> list[Record]:
     """Each cache of a model against its own cache of the same size with the most initial positions, over the models of
-    a group that were streamed with both."""
+    a group that were streamed with both. Where losses are missing, one model's are those that ``stream`` wrote."""
     found = []
     for g in groups:
         references = ((s, g.reference(s)) for s in _caches(g))
         for s, reference in references:
-            if reference is not None and s != reference and (both := g.having(s, reference)).results:
+            if reference is None or s == reference or not (both := g.having(s, reference)).results:
+                continue
+            if both.of(s) and both.of(reference):
                 found.append(difference(both, s, both, reference))
+            elif len(both.results) == 1 and (known := both.results[0].difference(s, reference)):
+                found.append(_record(both, s, both, reference, 1, (known["nats"], *known["interval"])))
     return found
 
 
 def vanilla_differences(groups: list[Group]) -> list[Record]:
-    """Each cache of the other mechanisms against vanilla with the most initial positions: is one sink worth four?"""
+    """Each cache of the other mechanisms against vanilla with the most initial positions: is one sink worth four?
+    Of those whose losses are there."""
     found = []
     for g in groups:
         base = next((b for b in groups if b.mechanism == "vanilla" and _alike(b) == _alike(g)), None)
         if base is None or base is g:
             continue
         references = ((s, base.reference(s)) for s in _caches(g))
-        found += [difference(g, s, base, reference) for s, reference in references if reference is not None]
+        found += [
+            difference(g, s, base, reference)
+            for s, reference in references
+            if reference is not None and g.of(s) and base.of(reference)
+        ]
     return found
 
 
@@ -88,15 +97,27 @@ def difference(a: Group, setting: str, b: Group, reference: str) -> Record:
     ``seed_high``: t-interval over the differences of single seeds, where both have at least two in common.
     """
     paired = pair(a, setting, b, reference)
-    mean, low, high = paired_difference(paired.a, paired.b)
-    seeds = t_interval(paired.of_seeds)
+    over_text = paired_difference(paired.a, paired.b)
+    return _record(a, setting, b, reference, paired.n, over_text, t_interval(paired.of_seeds))
+
+
+def _record(
+    a: Group,
+    setting: str,
+    b: Group,
+    reference: str,
+    n: int,
+    over_text: tuple[float, float, float],
+    seeds: tuple[float, float] | None = None,
+) -> Record:
+    mean, low, high = over_text
     return {
         "title": a.title,
         "mechanism": a.mechanism,
         "setting": setting,
         "against": b.title,
         "reference": reference,
-        "n": paired.n,
+        "n": n,
         "nats": mean,
         "low": low,
         "high": high,

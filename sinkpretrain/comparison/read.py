@@ -42,7 +42,7 @@ class About:
 class Result(About):
     """One model over one text, as ``sinkpretrain stream`` left it, in one folder or in several.
 
-    files: the losses of each setting.
+    files: the losses of each setting, which may have stayed on another machine.
     sources: the content of each results file that something is shown from, with its folder.
     """
 
@@ -66,11 +66,14 @@ class Result(About):
             return float(value)
         return math.nan if self.settings[setting].get("nll") is None else math.inf
 
-    def nll(self, setting: str) -> NDArray[np.float32]:
-        """Losses, float32 [tokens - 1]; raises UserError if the file is gone or holds those of another text."""
+    def nll(self, setting: str) -> NDArray[np.float32] | None:
+        """Losses, float32 [tokens - 1]; None if there is no file; raises UserError if it is not whole or of another
+        text."""
         path = self.files[setting]
         try:
             values: NDArray[np.float32] = np.load(path)
+        except FileNotFoundError:
+            return None
         except (OSError, EOFError, ValueError) as error:
             raise UserError(f"cannot read the losses {path}: {error}; run stream again.") from error
         if values.shape != (self.tokens["count"] - 1,):
@@ -79,6 +82,13 @@ class Result(About):
                 "run stream again."
             )
         return values
+
+    def difference(self, setting: str, reference: str) -> dict[str, Any] | None:
+        """What ``stream`` wrote of two settings when it had their losses; None if it set them against others."""
+        # Of a model in several folders, a setting may be shown from another one than the differences'.
+        sources = (source for source in self.sources if source["settings"].keys() >= {setting, reference})
+        known: list[dict[str, Any]] = [d for source in sources for d in source.get("differences", [])]
+        return next((d for d in known if (d["setting"], d["against"]) == (setting, reference)), None)
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,10 @@ def perplexity(results: list[Result], groups: list[Group], settings: list[str], 
             "seeds."
         )
     blocks += conditions(results)
+    blocks += missing_losses(groups)
     curves = [(row_title(g), {s: g.mean_losses(s) for s in settings if g.of(s)}) for g in groups]
-    blocks.append(perplexity_picture(groups, curves, settings))
+    if drawn := with_curves(curves, settings):
+        blocks.append(perplexity_picture(groups, curves, drawn))
     base = next((g for g in groups if g.mechanism == "vanilla"), None)
     if base and len(curves) > 1:
         blocks += change_picture(base, groups, settings)
@@ -72,14 +74,12 @@ def perplexity(results: list[Result], groups: list[Group], settings: list[str], 
 
 def change_picture(base: Group, groups: list[Group], settings: list[str]) -> list[Picture]:
     """Each cache against the same model's one of that size with the most initial positions, and what is no cache
-    against the largest; nothing without a cache."""
+    against the largest; nothing without a cache, or without losses to set against each other."""
     found = {s: base.reference(s) for s in settings}
     largest = next((r for r in reversed(found.values()) if r), None)
     if largest is None:
         return []
-    against = {s: r or largest for s, r in found.items()}
-    names = list(dict.fromkeys(map(heading, against.values())))
-    at = f"at {names[0]}" if len(names) == 1 else f"in a cache of the same size ({', '.join(names)})"
+    against = {s: r or largest for s, r in found.items() if base.of(r or largest)}
     losses = {r: base.mean_losses(r) for r in set(against.values())}
 
     def beside(g: Group, s: str) -> NDArray[np.floating]:
@@ -87,9 +87,39 @@ def change_picture(base: Group, groups: list[Group], settings: list[str]) -> lis
         both = paired.pair(g, s, base, against[s])
         return losses[against[s]] + (both.a - both.b)
 
-    curves = [(row_title(g), {s: beside(g, s) for s in settings if g.of(s)}) for g in groups]
-    figure = figures.change_figure(curves, settings, {s: losses[r] for s, r in against.items()})
+    curves = [(row_title(g), {s: beside(g, s) for s in against if g.of(s)}) for g in groups]
+    drawn = with_curves(curves, settings)
+    if not any(of for g, (_, of) in zip(groups, curves, strict=True) if g is not base):
+        return []
+    names = list(dict.fromkeys(heading(against[s]) for s in drawn))
+    at = f"at {names[0]}" if len(names) == 1 else f"in a cache of the same size ({', '.join(names)})"
+    figure = figures.change_figure(curves, drawn, {s: losses[against[s]] for s in drawn})
     return [Picture("change", f"The same as a change against {base.title} {at}: below the line is better.", figure)]
+
+
+def with_curves(curves: figures.Models, settings: list[str]) -> list[str]:
+    """The settings that a model has losses of."""
+    return [s for s in settings if any(s in losses for _, losses in curves)]
+
+
+def missing_losses(groups: list[Group]) -> list[str]:
+    """A sentence on results whose losses stayed elsewhere, and on what is not shown for that; nothing if none did."""
+    models = [(r, losses) for g in groups for r, losses in zip(g.results, g.losses, strict=True)]
+    of, files = [], []
+    for title, (r, losses) in zip(numbers.titles([r for r, _ in models]), models, strict=True):
+        for source in r.sources:
+            gone = sorted((s for s in source["settings"] if s not in losses), key=setting_order)
+            if gone:
+                which = "all settings" if len(gone) == len(source["settings"]) else ", ".join(map(heading, gone))
+                of.append(f"{title} ({which}; {source['folder']})")
+                files.append(r.files[gone[0]])
+    if not of:
+        return []
+    example = files[0] if len(of) == 1 else f"{files[0]} and so on"
+    return [
+        f"The losses of {', '.join(of)} are missing, so curves and differences that need them are left out (but not "
+        f"differences within one model that its results.json has); they belong beside results.json: {example}."
+    ]
 
 
 def perplexity_picture(groups: list[Group], curves: figures.Models, settings: list[str]) -> Picture:
@@ -104,6 +134,8 @@ def perplexity_picture(groups: list[Group], curves: figures.Models, settings: li
         )
     losses = {heading(s): nll for s, nll in curves[0][1].items()}
     reference = groups[0].reference(settings[0])
+    if reference not in curves[0][1]:
+        reference = None
     return Picture(
         "perplexity",
         "Perplexity along the text, one line per cache: a line that rises where the cache is full belongs to a cache "
