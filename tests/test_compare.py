@@ -565,6 +565,18 @@ def test_replaced_initial_tokens_stand_against_the_texts_own(tmp_path: Path) -> 
     assert "| mechanism | 0+64 | 4+60 | 4+60 initial token 187 |" in (tmp_path / "out" / "table3.md").read_text()
 
 
+def test_a_reference_reads_documents_alike_and_leaves_nothing_out(tmp_path: Path) -> None:
+    """As in stream's own table: what is lost at the beginning of every document is no matter of initial positions."""
+    plain = make_result(tmp_path / "a", "zero_sink", {"0+64": 30.0, "2+62": 19.0, "4+60-nocolumn": 25.0}, shape=TINY)
+    apart = make_result(tmp_path / "b", "zero_sink", {"0+64-documents": 40.0, "1+63-documents": 35.0}, shape=TINY)
+    c = compare([plain, apart], tmp_path / "out")
+    assert {d["setting"]: d["reference"] for d in c.records["differences"]} == {
+        "0+64": "2+62",
+        "4+60-nocolumn": "2+62",
+        "0+64-documents": "1+63-documents",
+    }
+
+
 def test_settings_of_one_model_in_two_folders_come_together(tmp_path: Path) -> None:
     a = make_result(tmp_path / "a", "vanilla", {"0+64": 20.0, "1+63": 19.0}, shape=TINY)
     b = make_result(tmp_path / "b", "vanilla", {"1+63": 19.5, "4+60": 18.0}, shape=TINY)

@@ -53,11 +53,27 @@ class Group:
         return mean_over([losses for _, losses in self.of(setting)])
 
     def reference(self, setting: str) -> str | None:
-        """The cache as large as ``setting`` with the most initial positions; None if it is no cache."""
-        kind, size, *_ = setting_order(setting)
-        same = [s for r in self.results for s in r.settings if setting_order(s)[:2] == (0, size)]
-        # Of equal ones the plain one: nothing left out or replaced.
-        return max(same, key=lambda s: (setting_order(s)[2], setting_order(s)[3] == "")) if kind == 0 and same else None
+        """The cache as large as ``setting`` with the most initial positions; None if it is no cache, or none is.
+
+        As in ``stream``: of what begins anew with every document such a cache, too; a column left out or tokens
+        replaced make none, and positions in the cache come first.
+        """
+        size, own = setting_order(setting)[:2], _parts(setting)
+        if size[0] != 0:
+            return None
+
+        def fits(name: str) -> bool:
+            parts = _parts(name)
+            alike = ("documents" in parts) == ("documents" in own)
+            return setting_order(name)[:2] == size and alike and not parts & {"nocolumn", "initial"}
+
+        same = [s for r in self.results for s in r.settings if fits(s)]
+        return max(same, key=lambda s: (setting_order(s)[2], "absolute" not in _parts(s)), default=None)
+
+
+def _parts(setting: str) -> set[str]:
+    """What a setting's name says of it: 4+60-nocolumn-documents."""
+    return set(setting.split("-"))
 
 
 def mean_over(losses: Sequence[Losses]) -> NDArray[np.floating]:
