@@ -22,12 +22,13 @@ from sinkpretrain.comparison.sections import (
     sections,
     table_3,
 )
+from sinkpretrain.errors import UserError
 from sinkpretrain.figures import save_figure
-from sinkpretrain.files import write_atomically, write_json
+from sinkpretrain.files import read_json, write_atomically, write_json
 from sinkpretrain.provenance import versions
 
 TITLE = "Sink mechanisms compared"
-PAGE = "index.html"
+PAGE, RECORDS = "index.html", "comparison.json"
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,26 @@ def compare(paths: list[Path], out: Path, paper: bool = True) -> Comparison:
     if found.results:
         texts["table3.md"] = markdown(parts[0].title, [parts[0]])
     texts |= {f"{name}.csv": as_csv(records) for name, records in comparison.records.items() if records}
+    before = _written_before(out)
     for picture in pictures(parts):
         save_figure(picture.figure, out / f"{picture.name}.png")
-    write_json(out / "comparison.json", finite(as_json(comparison)))
+    files = sorted([*texts, *(f"{p.name}.png" for p in pictures(parts))])
+    write_json(out / RECORDS, finite(as_json(comparison)) | {"files": files})
     for name, text in texts.items():
         write_atomically(out / name, lambda p, text=text: p.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+    for name in before - {*files}:
+        (out / name).unlink(missing_ok=True)
     return comparison
+
+
+def _written_before(out: Path) -> set[str]:
+    """Names of the files that an earlier comparison left in the folder: a table or picture that the new one does not
+    have would look like its own."""
+    try:
+        names = read_json(out / RECORDS).get("files", [])
+        return {name for name in names if name and Path(name).name == name}
+    except (UserError, AttributeError, TypeError):
+        return set()  # no comparison yet, or a strange file, which is about to be replaced
 
 
 def pictures(parts: list[Section]) -> list[Picture]:

@@ -588,6 +588,24 @@ def test_settings_of_one_model_in_two_folders_come_together(tmp_path: Path) -> N
     assert [(s["folder"], list(s["settings"])) for s in sources] == [(str(a), ["0+64", "1+63"]), (str(b), ["4+60"])]
 
 
+def test_nothing_of_an_earlier_comparison_is_left(tmp_path: Path) -> None:
+    """A figure of other models would look like one of these; what is not of a comparison stays."""
+    caches = {"0+64": 20.0, "4+60": 18.0}
+    a, b = (make_result(tmp_path / m, m, caches, shape=TINY) for m in ("vanilla", "zero_sink"))
+    out = tmp_path / "out"
+    compare([a, b], out)
+    (out / "notes.md").write_text("mine")
+    assert (out / "change.png").exists()
+    compare([b], out)
+    assert not (out / "change.png").exists()
+    kept = {"notes.md", "comparison.json", *json.loads((out / "comparison.json").read_text())["files"]}
+    assert {p.name for p in out.iterdir()} == kept
+    for strange in ("[]", "{", '{"files": ["../vanilla/results.json", "", "."]}', '{"files": [1]}'):
+        (out / "comparison.json").write_text(strange)
+        compare([b], out)
+    assert (a / "results.json").exists()
+
+
 def test_what_is_not_finite_is_said_and_null_in_json(tmp_path: Path) -> None:
     a = make_result(tmp_path / "a", "vanilla", {"0+64": 20.0, "1+63": 20.0, "4+60": 18.0}, shape=TINY)
     nothing = {"ppl": None, "interval": [None, None]}
