@@ -57,6 +57,7 @@ class Parser(jsonargparse.ArgumentParser):
                     raise UserError(f"there is no flag {shown}: {by_place[name]} is given by its place; see --help.")
                 hint = f"did you mean {near[0].replace('_', '-')}?" if near else "see --help."
                 raise UserError(f"there is no flag {shown}; {hint}")
+        _require_place(arguments)
         try:
             values: dict[str, Any] = self.parse_args(arguments).as_dict()
         except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
@@ -91,6 +92,17 @@ class Parser(jsonargparse.ArgumentParser):
     def _open_ended(name: str, known: set[str]) -> bool:
         """``--sink.options.n`` is a key of the open mapping ``--sink.options``."""
         return any(name.startswith(f"{k}.") for k in known if k.endswith(".options"))
+
+
+def _require_place(arguments: Sequence[str]) -> None:
+    """Raises UserError for an ``--out`` that says nothing: as a path it would be the current folder."""
+    given = "given"
+    for argument, after in zip(arguments, [*arguments, "--"][1:], strict=True):
+        name, equals, value = argument.partition("=")
+        if name == "--out":
+            given = value if equals else after
+    if not given:
+        raise UserError("--out is empty; name where to write (a variable of the shell that is not set is empty, too).")
 
 
 def _underscored(argument: str) -> str:

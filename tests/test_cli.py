@@ -107,6 +107,56 @@ def test_mistakes_are_one_sentence(
     assert not out.exists()
 
 
+OF_COMMANDS = {
+    "prepare": "--source SOURCE --train-tokenizer bpe:300",
+    "train": "--config demo --data.path DATA",
+    "doctor": "--config demo --data.path DATA",
+    "stream": "model --tokens x.npy",
+    "inspect": "model --tokens x.npy",
+    "zero-shot": "model",
+    "compare": "DATA",
+    "export": "model",
+    "demo": "",
+    "bench train": "",
+    "bench scaling": "",
+    "bench curves": "DATA",
+    "bench stream": "",
+    "bench decode": "",
+}
+
+
+@pytest.mark.parametrize(
+    "empty", [["--out", ""], ["--out="], ["--out", "out", "--out="]], ids=["word", "equals", "last"]
+)
+@pytest.mark.parametrize("command", OF_COMMANDS)
+def test_an_empty_out_is_refused_before_any_work(
+    command: str,
+    empty: list[str],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As an unset variable of the shell gives it; as a path, it would be the folder one happens to be in."""
+    source = tmp_path / "source.txt"
+    source.write_text("some text\n" * 50)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    flags = OF_COMMANDS[command].replace("SOURCE", str(source)).replace("DATA", str(data)).split()
+    assert "--out is empty; name where to write" in refusal([*command.split(), *flags, *empty], capsys)
+    assert not list(Path().iterdir())
+
+
+def test_every_command_that_writes_is_tried_without_a_place(capsys: pytest.CaptureFixture[str]) -> None:
+    from sinkpretrain.commands import BENCHMARKS
+
+    every = {*COMMANDS, *(f"bench {what}" for what in BENCHMARKS)} - {"bench"}
+    for command in sorted(every):
+        with pytest.raises(SystemExit):
+            main([*command.split(), "--help"])
+        assert ("--out OUT" in capsys.readouterr().out) == (command in OF_COMMANDS), command
+
+
 def test_a_full_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def full(arguments: list[str]) -> int:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has 2 GiB free.")
