@@ -161,21 +161,38 @@ class SinkLM(TemplateLM):  # type: ignore[misc]
         return min((text.partition(s)[0] for s in stops), key=len, default=text)
 
 
-def hugging_face(**how: Any) -> Any:
-    """The harness's own class, which asserts that answers fit the model; here that is a sentence, as above."""
+def hugging_face(progress: bool = True, **how: Any) -> Any:
+    """The harness's own class, which asserts that answers fit the model; here that is a sentence, as above.
+
+    Without ``progress`` it shows none of its bars, of which it is told call by call and forgets some.
+    """
     from lm_eval.models.huggingface import HFLM  # imports transformers' models
+    from transformers.utils import logging
 
     class Fitting(HFLM):  # type: ignore[misc]
-        def _loglikelihood_tokens(self, requests: Any, *rest: Any, **options: Any) -> Any:
-            _require_room_for_answers(requests, self.max_length)
-            return super()._loglikelihood_tokens(requests, *rest, **options)
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood(requests, disable_tqdm or not progress)
 
-        def generate_until(self, requests: Any, *rest: Any, **options: Any) -> Any:
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood_rolling(requests, disable_tqdm or not progress)
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> Any:
+            _require_room_for_answers(requests, self.max_length)
+            return super()._loglikelihood_tokens(requests, disable_tqdm or not progress, **options)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
             for request in requests:
                 _require_room_to_generate(request.args[1], self.max_length)
-            return super().generate_until(requests, *rest, **options)
+            return super().generate_until(requests, disable_tqdm or not progress)
 
-    return Fitting(**how)
+    bars = logging.is_progress_bar_enabled()
+    try:
+        if not progress:
+            logging.disable_progress_bar()  # of the weights
+        return Fitting(**how)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _require_room_for_answers(requests: Sequence[tuple[Any, list[int], list[int]]], room: int) -> None:

@@ -10,7 +10,7 @@ import logging
 import tempfile
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
@@ -93,7 +93,8 @@ def zero_shot(
             bar.total = total
             bar.update(done)
 
-        lm = _harness_model(model, chosen, where, {"dtype": dtype, "batch_size": batch_size, "advance": advance})
+        how = {"dtype": dtype, "batch_size": batch_size, "advance": advance, "progress": progress}
+        lm = _harness_model(model, chosen, where, how)
         with _quiet():
             found = evaluate(lm, list(data), Path(scratch) if local else None, limit or None)
     results = {
@@ -175,7 +176,7 @@ def _harness_model(model: str, loaded: LoadedModel | None, device: torch.device,
     from sinkpretrain.harness import SinkLM, hugging_face
 
     if loaded is None:
-        how = {"dtype": options["dtype"], "batch_size": options["batch_size"]}
+        how = {name: options[name] for name in ("dtype", "batch_size", "progress")}
         try:
             return hugging_face(pretrained=model, device=str(device), **how)
         except Exception as error:  # of transformers, for whatever is wrong with a folder
@@ -305,8 +306,10 @@ def _harness_file(task: str) -> Path:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness tells much on its way that is of no use to a reader of the results, and counts its preparations."""
+    """The harness tells much on its way that is of no use to a reader of the results, and counts its preparations and
+    the one step of its bootstrap."""
     import datasets
+    from lm_eval.api import metrics
     from lm_eval.api import task as preparation
 
     bars, tqdm = datasets.are_progress_bars_disabled(), preparation.tqdm
@@ -315,9 +318,14 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    preparation.tqdm = functools.partial(tqdm, disable=True)
+    silent = preparation.tqdm = functools.partial(tqdm, disable=True)
+
+    def bootstrap(*arguments: Any, stderr: Callable[..., float] = metrics.bootstrap_stderr, **named: Any) -> float:
+        with mock.patch("tqdm.tqdm", silent), contextlib.redirect_stdout(None):
+            return stderr(*arguments, **named)
+
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), mock.patch.object(metrics, "bootstrap_stderr", bootstrap):
             warnings.simplefilter("ignore")
             yield
     finally:

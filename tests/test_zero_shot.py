@@ -158,6 +158,29 @@ def test_the_harness_has_the_same_numbers(
     assert ours["tasks"] == theirs["tasks"]
 
 
+@pytest.mark.parametrize("backend", ["sinkpretrain", "hf"])
+def test_without_progress_nothing_is_counted(
+    backend: str, vanilla_folder: Path, questions: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither while weights are loaded, nor of questions, nor of the bootstrap behind a task's perplexity."""
+    rows = [{"text": sentence(random.Random(i), 5)} for i in range(8)]
+    write(tmp_path / "data" / "lambada_openai" / "test.jsonl.gz", rows)
+    (tmp_path / "data" / "piqa").symlink_to(questions / "piqa")
+    arguments = ["zero-shot", str(vanilla_folder), "--local", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--backend", backend, "--progress", "false"]) == 0
+    said = capfd.readouterr()
+    assert "it/s" not in said.err
+    assert "boot" not in said.out
+    if backend == "hf":
+        lm = hugging_face(pretrained=str(vanilla_folder), device="cpu", progress=False)
+        lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(TEXTS[4],)]))
+        until = {"until": ["q"], "max_gen_toks": 4, "do_sample": False}
+        lm.generate_until(instances("generate_until", [(TEXTS[0], until)]))
+        assert "it/s" not in capfd.readouterr().err
+        assert main([*arguments, "--backend", backend]) == 0
+        assert "Running loglikelihood requests: 100%" in capfd.readouterr().err
+
+
 def test_the_harness_has_the_same_likelihoods(runs: dict[str, Path], vanilla_folder: Path) -> None:
     from lm_eval.models.huggingface import HFLM
 
