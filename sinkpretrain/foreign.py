@@ -148,6 +148,12 @@ class Capped(sinks.Mechanism):
         return capped(logits_BHTS, self.cap).masked_fill(~visible, float("-inf")).softmax(-1)
 
 
+def fit_experts(theirs: Any) -> None:
+    """Torch's grouped product, by which transformers runs the experts of a layer, has no fp64: there, one by one."""
+    if theirs.dtype == torch.float64:
+        theirs.set_experts_implementation("eager")
+
+
 class Unrotated:
     """A model's rotary embedding, which from now on gives tables that rotate by nothing, unless ``on``."""
 
@@ -194,6 +200,11 @@ class Foreign(nn.Module):
                 sink.s = logit  # the model's own parameter, which goes where it goes
             self.sinks.append(sink)
         self._kept: dict[tuple[str, torch.device], Tensor] = {}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Foreign:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        fit_experts(self.theirs)
+        return self
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         logits: Tensor = self.head(self.hidden(ids_BT))

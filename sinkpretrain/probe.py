@@ -35,6 +35,7 @@ from sinkpretrain.foreign import (
     at_places,
     capped,
     dimensions,
+    fit_experts,
     head_dim,
     register,
     run,
@@ -136,6 +137,7 @@ def _load(folder: Path, dtype: torch.dtype | None) -> Any:
             raise UserError(
                 f"the weights in {folder} do not fit its config.json ({what.replace('_', ' ')}: {wrong[0]})."
             )
+    fit_experts(theirs)
     return theirs.eval().requires_grad_(False)
 
 

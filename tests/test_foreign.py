@@ -296,6 +296,21 @@ def test_weights_keep_their_dtype(made: Made, tmp_path: Path) -> None:
     assert {p.dtype for p in load_foreign(folder, torch.float32)[0].parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "deepseek_v3", "mimo_v2_flash"])
+def test_experts_in_double_precision(kind: str, made: Made, taken_over, tmp_path: Path) -> None:
+    """For which torch has no grouped product: read so, as by ``stream``, or brought there later, as by ``inspect``."""
+    folder, ids = made(kind)[1], ids_for(60)
+    want = dense_nll(taken_over(kind), ids)
+    exact = load_foreign(folder, torch.float64)[0]
+    later = load_foreign(folder, torch.float32)[0].to(torch.float64)
+    for model in (exact, later):
+        assert np.abs(dense_nll(model, ids) - want).max() < 5e-5
+    np.save(tmp_path / "ids.npy", ids_for(300))
+    words = ["--tokens", str(tmp_path / "ids.npy"), "--dtype", "float64", "--progress", "false"]
+    assert main(["inspect", str(folder), *words, "--samples", "4", "--out", str(tmp_path / "i")]) == 0
+    assert main(["stream", str(folder), *words, "--cache", "0+16", "--out", str(tmp_path / "s")]) == 0
+
+
 def test_tokens_are_read_as_one_by_one(taken_over) -> None:
     for kind in ("gpt_oss", "gemma4_text", "deepseek_v3", "opt", "ministral3", "mimo_v2_flash"):
         ours, ids = taken_over(kind), ids_for(40)
