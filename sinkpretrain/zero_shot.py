@@ -7,6 +7,7 @@ import functools
 import gzip
 import json
 import logging
+import os
 import tempfile
 import warnings
 import zlib
@@ -321,7 +322,9 @@ def _quiet() -> Iterator[None]:
     silent = preparation.tqdm = functools.partial(tqdm, disable=True)
 
     def bootstrap(*arguments: Any, stderr: Callable[..., float] = metrics.bootstrap_stderr, **named: Any) -> float:
-        with mock.patch("tqdm.tqdm", silent), contextlib.redirect_stdout(None):
+        # The same draws in this process: a pool of forks costs more, and where SIGTERM is handled never ends.
+        alone = mock.patch.dict(os.environ, DISABLE_MULTIPROC="1")
+        with alone, mock.patch("tqdm.tqdm", silent), contextlib.redirect_stdout(None):
             return stderr(*arguments, **named)
 
     try:
