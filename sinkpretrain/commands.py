@@ -341,6 +341,8 @@ def compare(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--wandb_project", type=str, default="sinkpretrain", help="its project")
     values = parser.parse(argv)
+    if "" in values["paths"]:
+        raise UserError("one of the folders to compare is an empty name (a variable of the shell that is not set?).")
     comparison = run([Path(p) for p in values["paths"]], Path(values["out"]), paper=values["paper"])
     from rich.console import Console
 

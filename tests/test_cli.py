@@ -93,6 +93,7 @@ def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> Non
         ),
         ("stream m --tokens x.npy --out OUT --replace-initial", "stream: --replace-initial needs a value;"),
         ("compare OUT --out OUT", "OUT"),
+        ("compare DATA EMPTY --out OUT", "one of the folders to compare is an empty name"),
         ("export /nowhere OUT", "there is no model at /nowhere"),
     ],
 )
@@ -100,7 +101,7 @@ def test_mistakes_are_one_sentence(
     command: str, sentence: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    words = [w.replace("DATA", str(data)).replace("OUT", str(out)) for w in command.split()]
+    words = [w.replace("DATA", str(data)).replace("OUT", str(out)).replace("EMPTY", "") for w in command.split()]
     error = refusal(words, capsys)
     assert sentence.replace("OUT", str(out)) in error
     assert "Traceback" not in error
