@@ -71,9 +71,8 @@ def test_results_without_any_losses_show_what_results_json_has(streamed: Path, t
     assert drawn(c) == {}
     assert not list(c.out.glob("*.png"))
     said = (
-        f"The losses of vanilla (all settings; {copied}/vanilla), zero_sink (all settings; {copied}/zero_sink) "
-        f"{MISSING} (but not differences within one model that its results.json has); they belong beside "
-        f"results.json: {copied}/vanilla/0+16/nll.npy and so on."
+        f"The losses of all models {MISSING} (but not differences within one model that its results.json has); they "
+        f"belong beside results.json: {copied}/vanilla/0+16/nll.npy and so on."
     )
     for page in ("comparison.md", "index.html"):
         assert said in (c.out / page).read_text()

@@ -115,9 +115,10 @@ def missing_losses(groups: list[Group]) -> list[str]:
                 files.append(r.files[gone[0]])
     if not of:
         return []
+    whose = ", ".join(of) if any(losses for _, losses in models) else "all models"
     example = files[0] if len(of) == 1 else f"{files[0]} and so on"
     return [
-        f"The losses of {', '.join(of)} are missing, so curves and differences that need them are left out (but not "
+        f"The losses of {whose} are missing, so curves and differences that need them are left out (but not "
         f"differences within one model that its results.json has); they belong beside results.json: {example}."
     ]
 
