@@ -307,16 +307,22 @@ def without_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def strange_token(ours: Path, theirs: Path) -> str | None:
-    """A token of theirs that has another id in ours, or none; None if there is no such token: files may differ and
-    their ids mean the same. (Ours may have more, as an exported model's has its sink tokens.)
+def require_same_ids(ours: Path | None, theirs: Path, otherwise: str, advice: str) -> None:
+    """That every token of theirs has the same id in ours: files may differ and their ids mean the same. (Ours may have
+    more, as an exported model's has its sink tokens.)
 
     Raises:
-        UserError: one of the two is no tokenizer.
+        UserError: it has not, or that cannot be told; ``otherwise`` begins the sentence and ``advice`` ends it.
     """
-    known, other = (load_tokenizer(str(path)).load().get_vocab() for path in (ours, theirs))
+    if ours is None:
+        raise UserError(f"{otherwise}; {advice}.")
+    try:
+        known, other = (load_tokenizer(str(path)).load().get_vocab() for path in (ours, theirs))
+    except UserError as error:
+        raise UserError(f"{otherwise}, as far as can be told ({error}); {advice}.") from error
     strange = [(number, token) for token, number in other.items() if known.get(token) != number]
-    return min(strange)[1] if strange else None
+    if strange:
+        raise UserError(f"{otherwise} ({min(strange)[1]!r} is not the same id in both); {advice}.")
 
 
 def _of_folder(folder: Path) -> TokenizerFile:

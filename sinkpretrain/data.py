@@ -321,26 +321,22 @@ def manifest_beside(file: TokenFile) -> Manifest | None:
     return manifest if manifest is not None and file.prefix.name in manifest.splits else None
 
 
-def require_same_ids(tokens: Tokens) -> None:
+def require_one_tokenizer(tokens: Tokens) -> None:
     """Raises UserError if data to validate on come from another tokenizer than the training data, as far as manifests
     say: a loss over ids that mean something else looks like a bad model."""
     other = None if tokens.validation is None else manifest_beside(tokens.validation)
     if other is None or tokens.manifest is None or other.tokenizer_sha256 == tokens.manifest.tokenizer_sha256:
         return
     assert tokens.validation is not None
-    from data_prep.tokenizer import strange_token
+    from data_prep.tokenizer import require_same_ids
 
     folder = tokens.validation.prefix.parent
-    message = f"{folder} was prepared with another tokenizer than the training data"
-    advice = "prepare it with theirs, or leave data.validation_path out"
-    if tokens.tokenizer is None:
-        raise UserError(f"{message}; {advice}.")
-    try:
-        strange = strange_token(tokens.tokenizer, folder / TOKENIZER_NAME)
-    except UserError as error:
-        raise UserError(f"{message}, as far as can be told ({error}); {advice}.") from error
-    if strange is not None:
-        raise UserError(f"{message} ({strange!r} is not the same id in both); {advice}.")
+    require_same_ids(
+        tokens.tokenizer,
+        folder / TOKENIZER_NAME,
+        f"{folder} was prepared with another tokenizer than the training data",
+        "prepare it with theirs, or leave data.validation_path out",
+    )
 
 
 def _lone_pair(path: Path) -> Path:

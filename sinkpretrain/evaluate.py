@@ -295,7 +295,7 @@ def reference(entry: dict[str, Any], settings: dict[str, Any]) -> str | None:
     def fit(name: str) -> tuple[Any, ...]:
         other = settings[name]
         return (
-            (other["documents"] is None) == (entry["documents"] is None),
+            _documents_alike(entry, other),
             _size(other) == size,
             other["positions"] == "in-cache",
             _size(other) if _size(other) != size else 0,
@@ -308,6 +308,15 @@ def reference(entry: dict[str, Any], settings: dict[str, Any]) -> str | None:
         if other["strategy"] in ("streaming", "window") and other["column"] != "dropped" and other["initial"] is None
     ]
     return max(caches, key=fit, default=None)
+
+
+def alike(entry: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two settings hold as many tokens and treat documents alike."""
+    return _documents_alike(entry, other) and _size(entry) == _size(other)
+
+
+def _documents_alike(entry: dict[str, Any], other: dict[str, Any]) -> bool:
+    return (entry["documents"] is None) == (other["documents"] is None)
 
 
 def _size(entry: dict[str, Any]) -> int:

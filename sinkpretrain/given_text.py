@@ -93,20 +93,12 @@ def _from_folder(folder: Path, split: str, loaded: LoadedModel) -> Text:
 
 def _check_vocabularies(folder: Path, loaded: LoadedModel) -> None:
     """Files may differ and their ids mean the same; raises UserError if they do not."""
-    from data_prep.tokenizer import strange_token
+    from data_prep.tokenizer import require_same_ids
 
-    other = f"{folder} was prepared with another tokenizer than {loaded.name} has"
-    advice = "prepare the text with the model's tokenizer"
-    if loaded.tokenizer is None:
-        if loaded.tokenizer_sha256 is not None:
-            raise UserError(f"{other}; {advice}.")
+    if loaded.tokenizer is None and loaded.tokenizer_sha256 is None:
         return
-    try:
-        strange = strange_token(loaded.tokenizer, folder / "tokenizer.json")
-    except UserError as error:
-        raise UserError(f"{other}, as far as can be told ({error}); {advice}.") from error
-    if strange is not None:
-        raise UserError(f"{other} ({strange!r} is not the same id in both); {advice}.")
+    other = f"{folder} was prepared with another tokenizer than {loaded.name} has"
+    require_same_ids(loaded.tokenizer, folder / "tokenizer.json", other, "prepare the text with the model's tokenizer")
 
 
 def _from_npy(path: Path, loaded: LoadedModel) -> Text:

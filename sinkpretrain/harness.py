@@ -7,6 +7,7 @@ Without a prefix the numbers are those of the harness's own ``HFLM``.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from sinkpretrain.cache import Cache
 from sinkpretrain.decode import Engine
 from sinkpretrain.errors import UserError
 from sinkpretrain.language import LanguageModel
+from sinkpretrain.progress import without_bars_of_transformers
 from sinkpretrain.texts import TextCodec
 
 NO_TOKEN = -1
@@ -167,7 +169,6 @@ def hugging_face(progress: bool = True, **how: Any) -> Any:
     Without ``progress`` it shows none of its bars, of which it is told call by call and forgets some.
     """
     from lm_eval.models.huggingface import HFLM  # imports transformers' models
-    from transformers.utils import logging
 
     class Fitting(HFLM):  # type: ignore[misc]
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
@@ -185,14 +186,8 @@ def hugging_face(progress: bool = True, **how: Any) -> Any:
                 _require_room_to_generate(request.args[1], self.max_length)
             return super().generate_until(requests, disable_tqdm or not progress)
 
-    bars = logging.is_progress_bar_enabled()
-    try:
-        if not progress:
-            logging.disable_progress_bar()  # of the weights
+    with contextlib.nullcontext() if progress else without_bars_of_transformers():
         return Fitting(**how)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _require_room_for_answers(requests: Sequence[tuple[Any, list[int], list[int]]], room: int) -> None:

@@ -40,6 +40,7 @@ from sinkpretrain.foreign import (
     register,
     run,
 )
+from sinkpretrain.progress import without_bars_of_transformers
 from sinkpretrain.weights import read_config, weight_files
 
 TOKENS = 24
@@ -107,19 +108,19 @@ def _load(folder: Path, dtype: torch.dtype | None) -> Any:
     kind = raw["model_type"]
     sees = kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # images too, as the folders of Ministral 3
     sees &= kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
     logging.set_verbosity_error()  # what it would warn of is refused below
-    logging.disable_progress_bar()
     try:
-        theirs, found = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
-            folder,
-            dtype=dtype or "auto",
-            attn_implementation="eager",
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported like what is missing
-            trust_remote_code=False,  # or it would ask
-        )
+        with without_bars_of_transformers():
+            theirs, found = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
+                folder,
+                dtype=dtype or "auto",
+                attn_implementation="eager",
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported like what is missing
+                trust_remote_code=False,  # or it would ask
+            )
     except Exception as error:
         why = first_line(error)
         if raw.get("auto_map") and kind not in CONFIG_MAPPING_NAMES:
@@ -129,8 +130,6 @@ def _load(folder: Path, dtype: torch.dtype | None) -> Any:
         raise UserError(f"transformers cannot load {folder}: {why}") from error
     finally:
         logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
     for what, names in found.items():
         wrong = sorted(str(name) for name in names if not str(name).endswith("inv_freq"))
         if wrong:

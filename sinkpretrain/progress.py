@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,6 +18,20 @@ ROOMY = 120
 
 PLAIN_SECONDS = 10.0
 """How often a line is printed where no terminal can show a bar."""
+
+
+@contextlib.contextmanager
+def without_bars_of_transformers() -> Iterator[None]:
+    """Of weights that are read in no time, or that nobody wants to watch."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 class ProgressBar:

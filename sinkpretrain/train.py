@@ -39,7 +39,7 @@ from sinkpretrain.data import (
     Tokens,
     fingerprint,
     open_data,
-    require_same_ids,
+    require_one_tokenizer,
     training_order,
 )
 from sinkpretrain.device import device_memory, total_memory
@@ -266,7 +266,7 @@ def resolve(config: RunConfig, tokens: Tokens) -> RunConfig:
                 f"{tokens.tokenizer} is not the tokenizer that the manifest names; restore it, or prepare the data "
                 "again."
             )
-    require_same_ids(tokens)
+    require_one_tokenizer(tokens)
     model = config.model.resolved(known)
     check_hooks(config.sink, model)
     prefix = without_weights(model, config.sink).prefix_ids

@@ -313,13 +313,12 @@ def _quiet() -> Iterator[None]:
     from lm_eval.api import metrics
     from lm_eval.api import task as preparation
 
-    bars, tqdm = datasets.are_progress_bars_disabled(), preparation.tqdm
+    bars, silent = datasets.are_progress_bars_disabled(), functools.partial(preparation.tqdm, disable=True)
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets", "httpx")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    silent = preparation.tqdm = functools.partial(tqdm, disable=True)
 
     def bootstrap(*arguments: Any, stderr: Callable[..., float] = metrics.bootstrap_stderr, **named: Any) -> float:
         # The same draws in this process: a pool of forks costs more, and where SIGTERM is handled never ends.
@@ -328,12 +327,15 @@ def _quiet() -> Iterator[None]:
             return stderr(*arguments, **named)
 
     try:
-        with warnings.catch_warnings(), mock.patch.object(metrics, "bootstrap_stderr", bootstrap):
+        with (
+            warnings.catch_warnings(),
+            mock.patch.object(preparation, "tqdm", silent),
+            mock.patch.object(metrics, "bootstrap_stderr", bootstrap),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        preparation.tqdm = tqdm
         if not bars:
             datasets.enable_progress_bars()

@@ -31,6 +31,22 @@ PYTHIA = {"n_layer": 12, "d_model": 768, "context": 2048}
 TINY = {"n_layer": 4, "d_model": 128, "context": 128}
 
 
+def entry_of(setting: str) -> dict[str, Any]:
+    """What results.json says of a setting of this name."""
+    cache, *changes = setting.split("-")
+    start, recent = map(int, cache.split("+")) if "+" in cache else (None, None)
+    return {
+        "strategy": cache if start is None else "streaming",
+        "start": start,
+        "recent": recent,
+        "window": None,
+        "column": "dropped" if "nocolumn" in changes else None,
+        "initial": int(changes[-1]) if "initial" in changes else None,
+        "positions": "absolute" if "absolute" in changes else "in-cache",
+        "documents": 1 if "documents" in changes else None,
+    }
+
+
 def make_result(
     folder: Path,
     mechanism: str,
@@ -47,7 +63,8 @@ def make_result(
     for setting, value in ppl.items():
         (folder / setting).mkdir(parents=True)
         np.save(folder / setting / "nll.npy", (np.log(value) + noise).astype(np.float32))
-        settings[setting] = {"ppl": value, "interval": [value * 0.99, value * 1.01], "file": f"{setting}/nll.npy"}
+        found = {"ppl": value, "interval": [value * 0.99, value * 1.01], "file": f"{setting}/nll.npy"}
+        settings[setting] = entry_of(setting) | found
     data = {
         "format": 1,
         "model": {
@@ -567,12 +584,14 @@ def test_replaced_initial_tokens_stand_against_the_texts_own(tmp_path: Path) -> 
 
 def test_a_reference_reads_documents_alike_and_leaves_nothing_out(tmp_path: Path) -> None:
     """As in stream's own table: what is lost at the beginning of every document is no matter of initial positions."""
-    plain = make_result(tmp_path / "a", "zero_sink", {"0+64": 30.0, "2+62": 19.0, "4+60-nocolumn": 25.0}, shape=TINY)
+    caches = {"0+64": 30.0, "2+62": 19.0, "4+60-nocolumn": 25.0, "4+60-absolute": 18.0}
+    plain = make_result(tmp_path / "a", "zero_sink", caches, shape=TINY)
     apart = make_result(tmp_path / "b", "zero_sink", {"0+64-documents": 40.0, "1+63-documents": 35.0}, shape=TINY)
     c = compare([plain, apart], tmp_path / "out")
     assert {d["setting"]: d["reference"] for d in c.records["differences"]} == {
         "0+64": "2+62",
         "4+60-nocolumn": "2+62",
+        "4+60-absolute": "2+62",
         "0+64-documents": "1+63-documents",
     }
 

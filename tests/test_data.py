@@ -23,7 +23,7 @@ from sinkpretrain.data import (
     Stream,
     open_data,
     permute,
-    require_same_ids,
+    require_one_tokenizer,
     shared_targets,
     to_batch,
     training_order,
@@ -197,7 +197,7 @@ def test_data_to_validate_on_must_have_the_same_ids(tmp_path: Path) -> None:
 
     def check(name: str, tokenizer: str) -> None:
         novels = make_data(tmp_path / name, seed=1, tokenizer=tokenizer)
-        require_same_ids(open_data(DataConfig(path=str(train), validation_path=str(novels))))
+        require_one_tokenizer(open_data(DataConfig(path=str(train), validation_path=str(novels))))
 
     check("the same", words.to_str())
     check("other layout", words.to_str(pretty=True))
@@ -207,7 +207,7 @@ def test_data_to_validate_on_must_have_the_same_ids(tmp_path: Path) -> None:
         check("other ids", swapped)
     with pytest.raises(UserError, match="another tokenizer than the training data, as far as can be told"):
         check("none", "{}")
-    require_same_ids(open_data(DataConfig(path=str(train))))
+    require_one_tokenizer(open_data(DataConfig(path=str(train))))
 
 
 def test_bad_data_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from sinkpretrain import metrics
+from sinkpretrain import evaluate, metrics
 from sinkpretrain.comparison import paper
 from sinkpretrain.comparison.read import About, Found, Result, Run, setting_order
 from sinkpretrain.config import to_dict
@@ -52,28 +52,17 @@ class Group:
         """Losses [tokens - 1], mean over the seeds."""
         return mean_over([losses for _, losses in self.of(setting)])
 
-    def reference(self, setting: str) -> str | None:
-        """The cache as large as ``setting`` with the most initial positions; None if it is no cache, or none is.
+    @property
+    def settings(self) -> dict[str, Record]:
+        """What each setting was, of the models together."""
+        return {s: entry for r in self.results for s, entry in r.settings.items()}
 
-        As in ``stream``: of what begins anew with every document such a cache, too; a column left out or tokens
-        replaced make none, and positions in the cache come first.
-        """
-        size, own = setting_order(setting)[:2], _parts(setting)
-        if size[0] != 0:
-            return None
-
-        def fits(name: str) -> bool:
-            parts = _parts(name)
-            alike = ("documents" in parts) == ("documents" in own)
-            return setting_order(name)[:2] == size and alike and not parts & {"nocolumn", "initial"}
-
-        same = [s for r in self.results for s in r.settings if fits(s)]
-        return max(same, key=lambda s: (setting_order(s)[2], "absolute" not in _parts(s)), default=None)
-
-
-def _parts(setting: str) -> set[str]:
-    """What a setting's name says of it: 4+60-nocolumn-documents."""
-    return set(setting.split("-"))
+    def reference(self, entry: Record) -> str | None:
+        """The cache that ``stream`` would set another one against, which may be another model's, of those that these
+        models were streamed with; None if it is no cache, or none is as large and treats documents alike."""
+        settings = self.settings
+        found = None if entry["recent"] is None else evaluate.reference(entry, settings)
+        return found if found is not None and evaluate.alike(entry, settings[found]) else None
 
 
 def mean_over(losses: Sequence[Losses]) -> NDArray[np.floating]:

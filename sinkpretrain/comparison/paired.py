@@ -18,7 +18,7 @@ def own_differences(groups: list[Group]) -> list[Record]:
     a group that were streamed with both. Where losses are missing, one model's are those that ``stream`` wrote."""
     found = []
     for g in groups:
-        references = ((s, g.reference(s)) for s in _caches(g))
+        references = ((s, g.reference(entry)) for s, entry in _caches(g))
         for s, reference in references:
             if reference is None or s == reference or not (both := g.having(s, reference)).results:
                 continue
@@ -37,7 +37,7 @@ def vanilla_differences(groups: list[Group]) -> list[Record]:
         base = next((b for b in groups if b.mechanism == "vanilla" and _alike(b) == _alike(g)), None)
         if base is None or base is g:
             continue
-        references = ((s, base.reference(s)) for s in _caches(g))
+        references = ((s, base.reference(entry)) for s, entry in _caches(g))
         found += [
             difference(g, s, base, reference)
             for s, reference in references
@@ -46,9 +46,9 @@ def vanilla_differences(groups: list[Group]) -> list[Record]:
     return found
 
 
-def _caches(g: Group) -> list[str]:
-    names = {s for r in g.results for s in r.settings if setting_order(s)[0] == 0}
-    return sorted(names, key=setting_order)
+def _caches(g: Group) -> list[tuple[str, Record]]:
+    caches = [(s, entry) for s, entry in g.settings.items() if setting_order(s)[0] == 0]
+    return sorted(caches, key=lambda cache: setting_order(cache[0]))
 
 
 def _alike(g: Group) -> Any:

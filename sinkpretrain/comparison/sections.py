@@ -75,7 +75,8 @@ def perplexity(results: list[Result], groups: list[Group], settings: list[str], 
 def change_picture(base: Group, groups: list[Group], settings: list[str]) -> list[Picture]:
     """Each cache against the same model's one of that size with the most initial positions, and what is no cache
     against the largest; nothing without a cache, or without losses to set against each other."""
-    found = {s: base.reference(s) for s in settings}
+    entries = {s: entry for g in groups for s, entry in g.settings.items()}
+    found = {s: base.reference(entries[s]) for s in settings}
     largest = next((r for r in reversed(found.values()) if r), None)
     if largest is None:
         return []
@@ -134,7 +135,7 @@ def perplexity_picture(groups: list[Group], curves: figures.Models, settings: li
             figures.perplexity_figure(curves, settings),
         )
     losses = {heading(s): nll for s, nll in curves[0][1].items()}
-    reference = groups[0].reference(settings[0])
+    reference = groups[0].reference(groups[0].settings[settings[0]])
     if reference not in curves[0][1]:
         reference = None
     return Picture(
