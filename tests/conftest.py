@@ -75,6 +75,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """A failure on a GPU is shown at once: a machine that is lent for minutes may be gone before the summary."""
+    if report.failed and "gpu" in report.keywords:
+        print(f"\n{report.nodeid}\n{report.longreprtext}", flush=True)
+
+
 @pytest.fixture(scope="session")
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from run_factory import make_tokenizer
