@@ -364,7 +364,10 @@ class SigmoidAttention(Mechanism):
 class Softpick(Mechanism):
     """relu(e^a_ij - 1) / (sum_j |e^a_ij - 1| + 1e-8): a rectified softmax whose weights may all be 0.
 
-    Nothing is kept when streaming. Takes the explicit path in training (``attention.weighed_attention``).
+    Nothing is kept when streaming. Takes the explicit path in training (``attention.weighed_attention``). Weights jump
+    where all scores of a query pass 0 at once, as the one score of a first token does, and gradients have no useful
+    bound there: now and then a step's norm is a thousand times the others', which ``optimizer.clip`` turns into one
+    lost step.
     Source: Zuhri et al. 2025, arXiv 2504.20966; numerator and denominator scaled by e^-max(a, 0) as there.
     """
 

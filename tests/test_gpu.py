@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from sinkpretrain.attention import causal_attention
 from sinkpretrain.band import KERNELS
 from sinkpretrain.banded import BandedAttention
 from sinkpretrain.cache import Cache
-from sinkpretrain.config import ModelConfig, SinkConfig
+from sinkpretrain.config import ModelConfig, RunConfig, SinkConfig
 from sinkpretrain.model import GPTNeoX
 from sinkpretrain.sinks import Column
 from sinkpretrain.streaming import dense_nll, recompute_nll, stream_nll, token_loop_nll
@@ -28,6 +30,12 @@ from sinkpretrain.trunk import FusedTrunk
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 B, H, T, D = 2, 4, 200, 64
+
+
+@pytest.fixture(autouse=True)
+def _whole_fp32() -> None:
+    """What is exact here is not to be taken in TF32 because a training before, in the same process, was."""
+    torch.set_float32_matmul_precision("highest")
 
 
 def eager(q, k, v, s, value, visible=None):
@@ -149,20 +157,43 @@ def test_four_million_tokens_into_a_stream(kernel: str) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("sink", list(MECHANISMS))
 def test_every_mechanism_trains_as_on_the_cpu(sink: str, masked: bool, tmp_path: Path) -> None:
-    """bf16 autocast, compiled, with and without a window and a document mask; the kernels differ, the losses hardly."""
+    """bf16 autocast, compiled, with and without a window and a document mask; the kernels differ, the losses hardly.
+
+    Softpick's weights jump where all scores of a query pass 0 at once, which those of a sample's first tokens do. On a
+    CPU one of some 250 such trainings had, in fp32 and not in bf16, a first token with a score of 2e-7: a gradient norm
+    of 754 where 0.7 is usual. Clipping makes a lost step of that, 1 to 2 % of a loss if it is one of the first five.
+    So where one of its trainings differs, two with other weights must not.
+    """
     data = make_data(tmp_path / "data")
-    base = dataclasses.replace(config(data, tmp_path / "cpu"), sink=MECHANISMS[sink])
+    base = dataclasses.replace(config(data, tmp_path), sink=MECHANISMS[sink])
     if masked:
         base = dataclasses.replace(
             base,
             model=dataclasses.replace(base.model, window=16, window_sinks=2),
             data=dataclasses.replace(base.data, document_mask=True),
         )
-    train(base)
-    gpu = dataclasses.replace(base.training, accelerator="cuda", precision="bf16-mixed", compile=True)
-    train(dataclasses.replace(base, out=str(tmp_path / "gpu"), training=gpu))
-    curves = [[x["loss"] for x in record(tmp_path / r) if x["kind"] == "train"] for r in ("cpu", "gpu")]
-    assert curves[1] == pytest.approx(curves[0], rel=0.01)
+    first = base.training.seed
+    differing = differs_from_the_cpu(base, first)
+    if differing and sink == "softpick":
+        warnings.warn(differing, stacklevel=1)
+        differing = differs_from_the_cpu(base, first + 1) or differs_from_the_cpu(base, first + 2)
+    assert not differing, differing
+
+
+def differs_from_the_cpu(base: RunConfig, seed: int) -> str:
+    """Losses and gradient norms of both trainings, where the losses differ by more than 1 % anywhere."""
+    torch._dynamo.reset()
+    runs = {
+        "cpu": dataclasses.replace(base.training, seed=seed),
+        "gpu": dataclasses.replace(base.training, seed=seed, accelerator="cuda", precision="bf16-mixed", compile=True),
+    }
+    lines = {}
+    for name, training in runs.items():
+        run = Path(base.out) / f"{name}-{seed}"
+        train(dataclasses.replace(base, out=str(run), training=training))
+        lines[name] = [x for x in record(run) if x["kind"] == "train"]
+    losses, norms = ({name: [x[key] for x in lines[name]] for name in runs} for key in ("loss", "grad_norm"))
+    return "" if losses["gpu"] == pytest.approx(losses["cpu"], rel=0.01) else f"losses {losses}, gradient norms {norms}"
 
 
 @pytest.mark.parametrize("sink", ["vanilla", "zero_sink"])
@@ -183,13 +214,13 @@ def test_two_gpus_agree_with_one_and_resume(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     base = config(data, tmp_path / "one", accelerator="cuda")
     two = dataclasses.replace(base, out=str(tmp_path / "two"))
-    for run, folder, flags, stop in (
-        (base, "a", (), 0),
-        (two, "b", ("--training.devices", "2"), 6),
-        (two, "b", ("--training.devices", "1"), 0),
+    for run, folder, flags, stop, code in (
+        (base, "a", (), 0, 0),
+        (two, "b", ("--training.devices", "2"), 6, 128 + signal.SIGTERM),
+        (two, "b", ("--training.devices", "1"), 0, 0),
     ):
         done = run_command(run, tmp_path / folder, *flags, stop=stop)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == code, done.stderr
         assert "AccumulateGrad" not in done.stderr, f"gradients wait for another stream: {done.stderr}"
     assert checkpoint(tmp_path / "one")["samples_seen"] == checkpoint(tmp_path / "two")["samples_seen"]
     for a, b in zip(record(tmp_path / "one"), record(tmp_path / "two"), strict=True):

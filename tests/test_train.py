@@ -305,6 +305,21 @@ def test_two_processes_resume_exactly_and_agree_with_one(
                 assert theirs["loss"] == pytest.approx(ours["loss"], abs=1e-4)
 
 
+def test_a_signal_that_takes_the_job_back_into_the_queue_counts_most(forks: Forks, data: Path, tmp_path: Path) -> None:
+    """SIGTERM sent right behind SIGUSR1 may come first on one of two nodes."""
+    code = (
+        "import os, signal; from sinkpretrain import lit; agree = lit.PretrainModule._agree_to_stop\n"
+        "def asked(self, step):\n"
+        "    if step == 4: os.kill(os.getpid(), (signal.SIGUSR1, signal.SIGTERM)[int(os.environ['RANK'])])\n"
+        "    return agree(self, step)\n"
+        "lit.PretrainModule._agree_to_stop = asked\n"
+    )
+    run = config(data, tmp_path / "run", devices=2)
+    for process in start_two(forks, run, tmp_path, "--training.devices", "2", code=code):
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 128 + signal.SIGUSR1, said
+
+
 def test_interrupt_saves_and_the_same_command_goes_on(data: Path, tmp_path: Path) -> None:
     """A real SIGINT and SIGTERM to a real process: exit code 128 + n, a checkpoint, no step lost."""
     long = config(data, tmp_path / "run", steps=100_000)
