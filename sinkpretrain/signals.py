@@ -15,7 +15,6 @@ from sinkpretrain.output import let_go
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
-
 BY_WEIGHT = (0, signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Of different signals that processes of one run met first, the last of these counts: SIGUSR1 takes the job back into
 the queue, and a SIGTERM on its heels, which may overtake it on another node, changes that in no process by itself."""
