@@ -41,7 +41,7 @@ from sinkpretrain.ops import IGNORED, can_fuse, linear_cross_entropy
 from sinkpretrain.progress import ProgressBar
 from sinkpretrain.ranks import Ranks, says_lost
 from sinkpretrain.sharding import ShardedStrategy, whole, whole_state
-from sinkpretrain.signals import BY_WEIGHT, StopRequest
+from sinkpretrain.signals import StopRequest, agreed
 from sinkpretrain.slurm import TimeLeft
 from sinkpretrain.trunk import FusedTrunk, maybe_compiled
 
@@ -262,7 +262,7 @@ class PretrainModule(L.LightningModule):
         )
         self._bar.__enter__()
         self._bar.update(self.global_step)
-        self.stopped_by = int(BY_WEIGHT[self.ranks.agree_now(BY_WEIGHT.index(self._stop.signal or 0))])
+        self.stopped_by = agreed(self.ranks.agree_now, self._stop.signal or 0)
         if self.trainer.is_global_zero:
             attempts.begin(self._run)
         self.ranks.barrier()  # whoever fails from here on finds that it began
@@ -339,7 +339,7 @@ class PretrainModule(L.LightningModule):
         asked = int(self._stop.signal or 0)
         if not asked and self._time_left is not None and self._time_left.over():
             asked = int(signal.SIGUSR1)
-        self.stopped_by = int(BY_WEIGHT[self.ranks.agree(BY_WEIGHT.index(asked))])
+        self.stopped_by = agreed(self.ranks.agree, asked)
         return self.stopped_by > 0
 
     def _samples_of(self, step: int) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -15,9 +16,20 @@ from sinkpretrain.output import let_go
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
-BY_WEIGHT = (0, signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Of different signals that processes of one run met first, the last of these counts: SIGUSR1 takes the job back into
-the queue, and a SIGTERM on its heels, which may overtake it on another node, changes that in no process by itself."""
+_BY_WEIGHT = (0, signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def agreed(largest: Callable[[int], int], number: int) -> int:
+    """Of the signals that processes of one run met first, 0 for none, the one that counts for all of them.
+
+    That is SIGUSR1, which takes the job back into the queue: a SIGTERM on its heels may overtake it on another node,
+    and changes nothing in a process by itself either.
+
+    Args:
+        largest: tells a process the largest number of all, given its own.
+        number: the signal that this process met.
+    """
+    return int(_BY_WEIGHT[largest(_BY_WEIGHT.index(number))])
 
 
 def to_take() -> list[signal.Signals]:

@@ -73,7 +73,7 @@ def test_the_fused_trunk_rounds_no_more_than_autocast(sink: str, fast: Any) -> N
     assert {name: r for name, r in ratios.items() if r > 1.15} == {}
 
 
-def test_norms_taken_in_16_bits_would_be_noticed(fast: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_taken_in_16_bits_would_be_noticed(fast: Any) -> None:
     """As they were if autocast let them be: of the sum and the weights in 16 bits."""
 
     def narrow(parts: Any, bias: Tensor, norms: Any) -> tuple[Tensor, ...]:
